@@ -1,0 +1,37 @@
+"""Errors that a user can meet; each names the argument, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class FlowpplError(Exception):
+    """Base of every error that flowppl raises on purpose."""
+
+
+class DimensionError(FlowpplError, ValueError):
+    """An array or an option has a shape that does not fit the flow."""
+
+
+class UnknownFlowError(FlowpplError, KeyError):
+    """No flow recipe has this name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print the repr, quotes and all
+
+
+class UnsupportedModelError(FlowpplError, NotImplementedError):
+    """The model has sites that a flow over a flat real vector cannot represent."""
+
+
+class NonFiniteError(FlowpplError, ValueError):
+    """The model's log density or its gradient is not finite where a method has to start."""
+
+
+class FlowFileError(FlowpplError, ValueError):
+    """A file is not a flow file, is damaged, or does not fit what it is loaded into."""
+
+
+class MissingExtraError(FlowpplError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'flowppl[{extra}]'")
