@@ -1,0 +1,243 @@
+"""The backend protocol for jax. Random numbers come from a key: `split` before every draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as xp
+import numpy as np
+from jax import Array, lax
+
+from flowppl.backend._numpy import call_external
+from flowppl.backend.protocol import Rng, Tree
+
+__all__ = ["name", "xp"]
+
+name = "jax"
+
+# Arrays
+
+
+def stop(x: Tree) -> Tree:
+    """No derivative flows through any leaf."""
+    return jax.tree.map(lax.stop_gradient, x)
+
+
+def asarray(a: Any, like: Array | None = None) -> Array:
+    """An array; floats take the dtype of `like`, integers and booleans keep theirs."""
+    a = xp.asarray(a)
+    if like is not None and xp.issubdtype(like.dtype, xp.floating) and xp.issubdtype(a.dtype, xp.floating):
+        return xp.asarray(a, like.dtype)
+    return xp.asarray(a, a.dtype)  # a given dtype is never a weak one
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """The values on the host."""
+    return np.asarray(x)
+
+
+def gather(x: Array, idx: Array, axis: int) -> Array:
+    """take_along_axis: idx has the rank of x, is not negative and broadcasts against x off `axis`."""
+    return xp.take_along_axis(x, idx, axis)
+
+
+def set_at(x: Array, idx: Any, v: Array) -> Array:
+    """A copy of x with x[idx] = v."""
+    return x.at[idx].set(v)
+
+
+def index_add(x: Array, idx: Array, v: Array, axis: int) -> Array:
+    """A copy of x with v[i] added at idx[i] along `axis`; idx is 1-D, repeats add up, v has len(idx) on `axis`."""
+    return x.at[(slice(None),) * (axis % x.ndim) + (idx,)].add(v)
+
+
+# Special functions
+
+erf, ndtri = jax.scipy.special.erf, jax.scipy.special.ndtri
+lgamma, digamma = jax.scipy.special.gammaln, jax.scipy.special.digamma
+relu, silu, softplus = jax.nn.relu, jax.nn.silu, jax.nn.softplus
+gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def softmax(x: Array, axis: int = -1) -> Array:
+    """Softmax along an axis."""
+    return jax.nn.softmax(x, axis)
+
+
+def logsumexp(x: Array, axis: int = -1) -> Array:
+    """Log of the sum of exponentials along an axis, which is dropped."""
+    return jax.nn.logsumexp(x, axis)
+
+
+def log_i0(x: Array) -> Array:
+    """Log of the modified Bessel function I0; finite for any finite x."""
+    return xp.log(jax.scipy.special.i0e(x)) + x * xp.sign(x)  # jax's derivative of |x| at zero is one
+
+
+def solve_triangular(a: Array, b: Array, *, lower: bool, transpose: bool = False, unit: bool = False) -> Array:
+    """Solves a x = b, or a^T x = b, for a (..., d, d) and b (..., d, k); batch dimensions broadcast."""
+    solve = partial(lax.linalg.triangular_solve, left_side=True, lower=lower, transpose_a=transpose, unit_diagonal=unit)
+    if a.ndim == 2 and b.ndim > 2:
+        columns = xp.moveaxis(b, -2, 0)  # one matrix and many right-hand sides: a solve of many columns
+        return xp.moveaxis(solve(a, columns.reshape(a.shape[-1], -1)).reshape(columns.shape), 0, -2)
+    batch = xp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return solve(xp.broadcast_to(a, batch + a.shape[-2:]), xp.broadcast_to(b, batch + b.shape[-2:]))
+
+
+# Derivatives
+
+
+def vjp(f: Callable, *primals: Tree, has_aux: bool = False) -> tuple:
+    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal."""
+    return jax.vjp(f, *primals, has_aux=has_aux)
+
+
+def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple:
+    """(value, grads) or ((value, aux), grads)."""
+    return jax.value_and_grad(loss, has_aux=has_aux)(params, *args)
+
+
+def value_and_score(log_prob: Callable, x: Array) -> tuple[Array, Array]:
+    """log_prob(x) of (..., d) and its gradient in x."""
+    value, pull = jax.vjp(log_prob, x)
+    return value, pull(xp.ones_like(value))[0]
+
+
+def fixed_point(step: Callable, args: Tree, x0: Array, *, max_steps: int, tol: float) -> tuple[Array, Array]:
+    """Iterates to x = step(args, x), until a change of tol (1 + max|x|); gives x and its residual over the last axis.
+
+    Derivatives are implicit and of any order, in `args` alone: not in x0.
+    """
+
+    def iterate(f: Callable, x: Array) -> Array:
+        def body(state: tuple) -> tuple:
+            i, x, _ = state
+            new = f(x)
+            return i + 1, new, xp.max(xp.abs(new - x)) > tol * (1 + xp.max(xp.abs(new)))
+
+        return lax.while_loop(lambda s: s[2] & (s[0] < max_steps), body, (0, x, xp.asarray(True)))[1]
+
+    def linear(matvec: Callable, y: Array) -> Array:  # matvec(w) = w - J w
+        return iterate(lambda w: y + (w - matvec(w)), y)
+
+    x = lax.custom_root(
+        lambda x: x - step(args, x),
+        lax.stop_gradient(x0),
+        lambda _, x: iterate(partial(step, args), x),
+        lambda g, y: lax.custom_linear_solve(g, y, linear, linear),
+    )
+    residual = xp.max(xp.abs(step(args, x) - x), axis=-1)
+    return x, lax.stop_gradient(residual)
+
+
+def external(value_and_grad_np: Callable, x: Array) -> Array:
+    """Values (batch,) at x (batch, ...) of a foreign function of float64 numpy arrays; differentiable once.
+
+    Raises:
+        NotImplementedError: at a second derivative.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {x.shape}: an external function takes (batch, d)")
+    event = x.shape[1:]
+    shapes = jax.ShapeDtypeStruct(x.shape[:1], x.dtype), jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def on_host(x: Array) -> tuple[np.ndarray, np.ndarray]:
+        x = np.asarray(x)  # vmap puts axes in front of the batch
+        values, grads = call_external(value_and_grad_np, np.array(x, np.float64).reshape(-1, *event))
+        return values.reshape(x.shape[: x.ndim - len(event)]).astype(x.dtype), grads.reshape(x.shape).astype(x.dtype)
+
+    @jax.custom_jvp
+    def forward(x: Array) -> tuple[Array, Array]:
+        return jax.pure_callback(on_host, shapes, x, vmap_method="expand_dims")
+
+    @forward.defjvp
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError("an external function has no second derivative: it gives values and gradients")
+
+    values = jax.custom_vjp(lambda x: forward(x)[0])
+    values.defvjp(forward, lambda grads, v: (v.reshape(v.shape + (1,) * len(event)) * grads,))
+    return values(x)
+
+
+# Control flow and transformations
+
+
+def scan(body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]:
+    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys."""
+    return lax.scan(body, carry, xs)
+
+
+def while_loop(cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree:
+    """Repeats state = body(state) while the scalar cond(state) holds, at most max_steps times; no derivatives."""
+    state = jax.tree.map(lambda a: lax.stop_gradient(asarray(a)), state)
+    # what the functions close over may be under differentiation, which a loop of unknown length refuses
+    cond, cond_consts = jax.closure_convert(cond, state)
+    body, body_consts = jax.closure_convert(body, state)
+    cond_consts, body_consts = stop((cond_consts, body_consts))
+    return lax.while_loop(
+        lambda s: (s[0] < max_steps) & cond(s[1], *cond_consts),
+        lambda s: (s[0] + 1, body(s[1], *body_consts)),
+        (0, state),
+    )[1]
+
+
+def cond(pred: Any, a: Callable, b: Callable, *operands: Any) -> Any:
+    """a(*operands) if the scalar pred else b(*operands); under vmap both run."""
+    return lax.cond(pred, a, b, *operands)
+
+
+def jit(f: Callable) -> Callable:
+    """Compiles f."""
+    return jax.jit(f)
+
+
+def vmap(f: Callable, in_axes: Any = 0) -> Callable:
+    """Maps f over an axis of its arguments: an int or None for all, or a tuple with one for each; out axes lead."""
+    return jax.vmap(f, in_axes=in_axes)
+
+
+# Random numbers
+
+
+def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
+    """An array of n independent keys."""
+    return jax.random.split(rng, n)
+
+
+def normal(rng: Rng, shape: tuple[int, ...], like: Array | None = None) -> Array:
+    """Standard normal draws."""
+    return jax.random.normal(rng, shape, _float(like))
+
+
+def uniform(rng: Rng, shape: tuple[int, ...], like: Array | None = None) -> Array:
+    """Uniform draws in [0, 1)."""
+    return jax.random.uniform(rng, shape, _float(like))
+
+
+def gamma(rng: Rng, concentration: Any, shape: tuple[int, ...], like: Array | None = None) -> Array:
+    """Gamma draws of unit rate, differentiable in the concentration, which broadcasts to `shape`."""
+    like = concentration if like is None and isinstance(concentration, Array) else like
+    return jax.random.gamma(rng, concentration, shape, _float(like))
+
+
+def categorical(rng: Rng, logits: Array, shape: tuple[int, ...] = ()) -> Array:
+    """Indices of shape `shape + logits.shape[:-1]`, with probabilities softmax(logits)."""
+    return jax.random.categorical(rng, logits, shape=(*shape, *logits.shape[:-1]))
+
+
+def bernoulli(rng: Rng, p: Array, shape: tuple[int, ...] | None = None) -> Array:
+    """Booleans, true with probability p, which broadcasts to `shape` (None: p's own)."""
+    return jax.random.bernoulli(rng, p, shape)
+
+
+def permutation(rng: Rng, n: int) -> Array:
+    """A random order of range(n)."""
+    return jax.random.permutation(rng, n)
+
+
+def _float(like: Array | None) -> Any:
+    """The dtype of `like` if that is a float's, else jax's default float."""
+    return like.dtype if like is not None and xp.issubdtype(like.dtype, xp.floating) else float

@@ -1,0 +1,394 @@
+"""The backend protocol for torch. Random numbers come from a `torch.Generator`, or from the global one (None)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeGuard
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn import functional as F
+
+from flowppl import tree
+from flowppl.backend._numpy import call_external
+from flowppl.backend._torch_spline import rq_spline
+from flowppl.backend.protocol import Rng, Tree
+
+__all__ = ["name", "rq_spline", "xp"]
+
+name = "torch"
+
+# Arrays
+
+
+def stop(x: Tree) -> Tree:
+    """No derivative flows through any leaf."""
+    return tree.map(lambda a: a.detach() if isinstance(a, Tensor) else a, x)
+
+
+def asarray(a: Any, like: Tensor | None = None) -> Tensor:
+    """A tensor with the device and, if both are floats, the dtype of `like`; without it, with torch's defaults."""
+    if isinstance(a, Tensor) and like is None:
+        return a
+    if isinstance(a, (np.ndarray, np.generic)):
+        a = np.array(a, order="C")  # neither shared with the caller nor read-only nor with negative strides
+    out = torch.as_tensor(a, device=torch.get_default_device() if like is None else like.device)
+    if not _is_float(out) or (isinstance(a, Tensor) and not _is_float(like)):
+        return out
+    return out.to(like.dtype if _is_float(like) else torch.get_default_dtype())
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A copy, detached and on the host."""
+    return x.detach().cpu().numpy().copy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def gather(x: Tensor, idx: Tensor, axis: int) -> Tensor:
+    """take_along_axis: idx has the rank of x, is not negative and broadcasts against x off `axis`."""
+    return torch.take_along_dim(x, idx.long(), axis)
+
+
+def set_at(x: Tensor, idx: Any, v: Tensor) -> Tensor:
+    """A copy of x with x[idx] = v."""
+    if _functorch.maybe_current_level() is None:
+        out = x.clone()
+        out[idx] = v
+        return out
+    # vmap refuses to write a mapped v into an x that is not mapped, in place
+    where = torch.arange(x.numel(), device=x.device).reshape(x.shape)[idx]
+    v = torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(where.shape)
+    return torch.index_put(x.reshape(-1), (where.reshape(-1),), v.reshape(-1)).reshape(x.shape)
+
+
+def index_add(x: Tensor, idx: Tensor, v: Tensor, axis: int) -> Tensor:
+    """A copy of x with v[i] added at idx[i] along `axis`; idx is 1-D, repeats add up, v has len(idx) on `axis`."""
+    return torch.index_add(x, axis, idx, v)
+
+
+# Special functions
+
+erf, ndtri, lgamma, digamma = torch.erf, torch.special.ndtri, torch.lgamma, torch.digamma
+relu, silu, gelu = torch.relu, F.silu, F.gelu
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """Softmax along an axis."""
+    return torch.softmax(x, axis)
+
+
+def logsumexp(x: Tensor, axis: int = -1) -> Tensor:
+    """Log of the sum of exponentials along an axis, which is dropped."""
+    return torch.logsumexp(x, axis)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x))."""
+    return F.softplus(x, threshold=40.0)  # the default, 20, is off by 2e-9: too much for float64
+
+
+def log_i0(x: Tensor) -> Tensor:
+    """Log of the modified Bessel function I0; finite for any finite x."""
+    return torch.log(torch.special.i0e(x)) + torch.abs(x)
+
+
+def solve_triangular(a: Tensor, b: Tensor, *, lower: bool, transpose: bool = False, unit: bool = False) -> Tensor:
+    """Solves a x = b, or a^T x = b, for a (..., d, d) and b (..., d, k); batch dimensions broadcast."""
+    a, upper = (a.mT, lower) if transpose else (a, not lower)
+    if a.ndim > 2 or b.ndim == 2:
+        return torch.linalg.solve_triangular(a, b, upper=upper, unitriangular=unit)
+    columns = b.movedim(-2, 0)  # one matrix and many right-hand sides: a solve of many columns copies no matrix
+    x = torch.linalg.solve_triangular(a, columns.reshape(a.shape[-1], -1), upper=upper, unitriangular=unit)
+    return x.reshape(columns.shape).movedim(0, -2)
+
+
+# Derivatives
+
+
+def vjp(f: Callable, *primals: Tree, has_aux: bool = False) -> tuple:
+    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal."""
+    spec: list[Tree] = []
+
+    def flat(*leaves: Tensor) -> tuple:  # torch.func takes no None in a tree
+        values = tree.unflatten(primals, leaves)
+        out, aux = f(*values) if has_aux else (f(*values), ())
+        spec.extend((_outline(out), _outline(aux)))
+        return tuple(tree.leaves(out)), tuple(torch.as_tensor(a) for a in tree.leaves(aux))
+
+    out, pull, aux = torch.func.vjp(flat, *tree.leaves(primals), has_aux=True)
+
+    def pullback(cotangent: Tree) -> tuple:
+        return tree.unflatten(primals, pull(tuple(tree.leaves(cotangent))))
+
+    out = tree.unflatten(spec[0], out)
+    return (out, pullback, tree.unflatten(spec[1], aux)) if has_aux else (out, pullback)
+
+
+def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple:
+    """(value, grads) or ((value, aux), grads), all detached; leaves that the loss does not use have zero gradients."""
+    with torch.enable_grad():
+        params = tree.map(lambda p: p if p.is_leaf and p.requires_grad else p.detach().requires_grad_(), params)
+        out = loss(params, *args)
+        value = out[0] if has_aux else out
+        leaves = tree.leaves(params)
+        if value.requires_grad and leaves:
+            grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        else:
+            grads = tuple(torch.zeros_like(p) for p in stop(leaves))
+    return stop(out), tree.unflatten(params, grads)
+
+
+def value_and_score(log_prob: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log_prob(x) of (..., d) and its gradient in x, both detached; log_prob is foreign code, so plain autograd."""
+
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        value = log_prob(x)
+        return value.sum(), value
+
+    with torch.inference_mode(False):
+        (_, value), score = value_and_grad(total, x.clone() if x.is_inference() else x, has_aux=True)
+    return value, score
+
+
+def fixed_point(step: Callable, args: Tree, x0: Tensor, *, max_steps: int, tol: float) -> tuple[Tensor, Tensor]:
+    """Iterates to x = step(args, x), until a change of tol (1 + max|x|); gives x and its residual over the last axis.
+
+    Derivatives are implicit and of any order, in `args` alone: not in x0 and not in what `step` closes over.
+    """
+    if torch.compiler.is_compiling():  # not a decorator, which would import the compiler: seconds, for everyone
+        return torch.compiler.disable(fixed_point)(step, args, x0, max_steps=max_steps, tol=tol)
+
+    def at(*tensors: Tensor) -> Callable:
+        return partial(step, _refill(args, torch.is_tensor, tensors))
+
+    x = _FixedPoint.apply(at, max_steps, tol, x0.detach(), *filter(torch.is_tensor, tree.leaves(args)))
+    with torch.no_grad():
+        residual = torch.amax(torch.abs(step(args, x) - x), -1)
+    return x, residual
+
+
+class _FixedPoint(torch.autograd.Function):
+    """The fixed point of at(*tensors). Its backward is again one, w = v + J^T w, hence differentiable again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(at: Callable, max_steps: int, tol: float, x0: Tensor, *tensors: Tensor) -> Tensor:
+        step = at(*tensors)
+
+        def body(state: tuple) -> tuple:
+            new = step(state[0])
+            return new, torch.amax(torch.abs(new - state[0])) > tol * (1 + torch.amax(torch.abs(new)))
+
+        start = (x0.clone(), torch.ones((), dtype=torch.bool, device=x0.device))
+        return while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.at, ctx.max_steps, ctx.tol, _, *tensors = inputs
+        ctx.save_for_backward(output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple:
+        at = ctx.at
+        x, *tensors = ctx.saved_tensors
+
+        def linear(x: Tensor, v: Tensor, *tensors: Tensor) -> Callable:
+            _, pull = vjp(at(*tensors), x)
+            return lambda w: v + pull(w)[0]
+
+        w = _FixedPoint.apply(linear, ctx.max_steps, ctx.tol, v.detach(), x, v, *tensors)
+        _, pull = vjp(lambda *floats: at(*_refill(tensors, _is_float, floats))(x), *filter(_is_float, tensors))
+        grads = _refill([a if _is_float(a) else None for a in tensors], _is_float, pull(w))
+        return None, None, None, None, *grads
+
+
+def external(value_and_grad_np: Callable, x: Tensor) -> Tensor:
+    """Values (batch,) at x (batch, ...) of a foreign function of float64 numpy arrays; differentiable once.
+
+    Raises:
+        NotImplementedError: at a second derivative.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: an external function takes (batch, d)")
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(external)(value_and_grad_np, x)
+    return _External.apply(value_and_grad_np, x)[0]
+
+
+class _External(torch.autograd.Function):
+    """Values and gradients; backward hands on the gradients as outputs of this node, and so sees second derivatives."""
+
+    @staticmethod
+    def forward(f: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, grads = call_external(f, to_numpy(x.double()))
+        return asarray(values, x), asarray(grads, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, second: Tensor | None) -> tuple:
+        if second is not None:
+            raise NotImplementedError("an external function has no second derivative: it gives values and gradients")
+        (grads,) = ctx.saved_tensors
+        return None, None if v is None else v.reshape(v.shape + (1,) * (grads.ndim - 1)) * grads
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, f: Callable, x: Tensor) -> tuple:
+        x = x.movedim(in_dims[1], 0)
+        values, grads = _External.apply(f, x.reshape(-1, *x.shape[2:]))
+        return (values.reshape(x.shape[:2]), grads.reshape(x.shape)), (0, 0)
+
+
+# Control flow and transformations
+
+
+def scan(body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]:
+    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys."""
+    columns = [x.unbind(0) for x in tree.leaves(xs)]
+    if not columns or not columns[0]:
+        raise ValueError("xs has no rows: scan needs at least one leaf with a leading axis of at least one")
+    ys = []
+    for row in zip(*columns, strict=True):
+        carry, y = body(carry, tree.unflatten(xs, row))
+        ys.append(y)
+    return carry, tree.stack(ys)
+
+
+def while_loop(cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree:
+    """Repeats state = body(state) while the scalar cond(state) holds, at most max_steps times; no derivatives.
+
+    Leaves early where Python can see cond's value; else (vmap, compilation) runs all steps and masks.
+    """
+    state = stop(state)
+    with torch.no_grad():
+        for _ in range(max_steps):
+            go = cond(state)
+            if not _concrete(go):
+                state = _select(go, body(state), state)
+            elif go:
+                state = body(state)
+            else:
+                break
+    return state
+
+
+def cond(pred: Any, a: Callable, b: Callable, *operands: Any) -> Any:
+    """a(*operands) if the scalar pred else b(*operands); under vmap and compilation both run."""
+    if _concrete(pred):
+        return a(*operands) if pred else b(*operands)
+    return _select(pred, a(*operands), b(*operands))
+
+
+def jit(f: Callable) -> Callable:
+    """Gives f itself: torch runs eagerly, and `torch.compile` is the user's choice."""
+    return f
+
+
+def vmap(f: Callable, in_axes: Any = 0) -> Callable:
+    """Maps f over an axis of its arguments: an int or None for all, or a tuple with one for each; out axes lead."""
+
+    def mapped(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
+        dims = tuple(axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg))
+        spec: list[Tree] = []
+
+        def flat(*leaves: Any) -> tuple:
+            out = f(*tree.unflatten(args, leaves))
+            spec.append(_outline(out))
+            return tuple(torch.as_tensor(a) for a in tree.leaves(out))
+
+        out = torch.func.vmap(flat, dims, randomness="different")(*tree.leaves(args))
+        return tree.unflatten(spec[0], out)
+
+    return mapped
+
+
+def _concrete(pred: Any) -> bool:
+    """Whether Python may branch on pred: not mapped, compiled, traced or without data."""
+    if not isinstance(pred, Tensor):
+        return True
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pred.is_meta:
+        return False
+    while _functorch.is_functorch_wrapped_tensor(pred):
+        if _functorch.is_batchedtensor(pred):
+            return False
+        pred = _functorch.get_unwrapped(pred)
+    return True
+
+
+def _is_float(a: Any) -> TypeGuard[Tensor]:
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+def _select(pred: Tensor, a: Tree, b: Tree) -> Tree:
+    return tree.map(lambda u, v: torch.where(pred, u, v), a, b)
+
+
+def _refill(x: Tree, which: Callable, values: Sequence[Any]) -> Tree:
+    """A tree like x with the values, in order, in the places of the leaves that `which` picks."""
+    given = iter(values)
+    return tree.map(lambda a: next(given) if which(a) else a, x)
+
+
+def _outline(x: Tree) -> Tree:
+    """The structure of a tree, without holding on to its leaves."""
+    return tree.map(lambda _: 0, x)
+
+
+# Random numbers
+
+
+def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
+    """The same generator n times: it is its own state."""
+    return [rng] * n
+
+
+def normal(rng: Rng, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
+    """Standard normal draws."""
+    return _draw(torch.randn, rng, shape, like)
+
+
+def uniform(rng: Rng, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
+    """Uniform draws in [0, 1)."""
+    return _draw(torch.rand, rng, shape, like)
+
+
+def gamma(rng: Rng, concentration: Any, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
+    """Gamma draws of unit rate, differentiable in the concentration, which broadcasts to `shape`."""
+    like = concentration if like is None and isinstance(concentration, Tensor) else like
+    a = asarray(concentration, torch.empty(()) if like is None else like).expand(shape)
+    if rng is None or a.is_meta or rng.device == a.device:
+        return torch._standard_gamma(a, generator=rng)
+    return torch._standard_gamma(a.to(rng.device), generator=rng).to(a.device)
+
+
+def categorical(rng: Rng, logits: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Indices of shape `shape + logits.shape[:-1]`, with probabilities softmax(logits)."""
+    u = uniform(rng, (*shape, *logits.shape), like=logits)
+    return torch.argmax(logits - torch.log(-torch.log(u)), -1)  # u = 0 gives noise -inf, which never wins
+
+
+def bernoulli(rng: Rng, p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Booleans, true with probability p, which broadcasts to `shape` (None: p's own)."""
+    p = asarray(p)
+    return uniform(rng, tuple(p.shape) if shape is None else shape, like=p) < p
+
+
+def permutation(rng: Rng, n: int) -> Tensor:
+    """A random order of range(n)."""
+    return torch.randperm(n, generator=rng, device=None if rng is None else rng.device)
+
+
+def _draw(sampler: Callable, rng: Rng, shape: tuple[int, ...], like: Tensor | None) -> Tensor:
+    """A draw on the generator's device, moved to that of `like`; dtype of `like` if that is a float's."""
+    dtype = like.dtype if _is_float(like) else None
+    device = torch.get_default_device() if like is None else like.device
+    at = device if rng is None else rng.device
+    return sampler(shape, generator=rng, dtype=dtype, device=at).to(device)

@@ -1,0 +1,50 @@
+"""What every test shares: the installed frameworks as backends, in float64, on one thread."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from flowppl.backend import get_backend
+
+FRAMEWORKS = [name for name in ("torch", "jax") if importlib.util.find_spec(name)]
+
+if "jax" in FRAMEWORKS:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+if "torch" in FRAMEWORKS:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", params=FRAMEWORKS)
+def backend(request):
+    """Each installed framework's backend in turn; a test that parametrises it indirectly can have numpy's too."""
+    if request.param not in (*FRAMEWORKS, "numpy"):
+        pytest.skip(f"{request.param} is not installed")
+    return get_backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def f64(backend):
+    """Numbers -> a float64 array of the framework."""
+    like = backend.xp.zeros((), dtype=backend.xp.float64)
+    return lambda a: backend.asarray(np.asarray(a, np.float64), like)
+
+
+@pytest.fixture(scope="session")
+def f32(backend):
+    """Numbers -> a float32 array of the framework."""
+    like = backend.xp.zeros((), dtype=backend.xp.float32)
+    return lambda a: backend.asarray(np.asarray(a, np.float32), like)
+
+
+@pytest.fixture(scope="session")
+def make_rng(backend):
+    """Seed -> a random number generator of the framework."""
+    if backend.name == "torch":
+        return lambda seed: torch.Generator().manual_seed(seed)
+    return jax.random.key if backend.name == "jax" else np.random.default_rng
