@@ -1,0 +1,32 @@
+"""Invertible maps with log-determinants, each written once for torch and jax."""
+
+from flowppl.bijections.affine import Affine
+from flowppl.bijections.autoregressive import MaskedAutoregressive
+from flowppl.bijections.base import Bijection, bind
+from flowppl.bijections.compose import Chain, Inverse, Stack
+from flowppl.bijections.coupling import Coupling
+from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
+from flowppl.bijections.linear import LULinear, Permutation, Rotation
+from flowppl.bijections.planar import Planar
+from flowppl.bijections.root import solve_increasing
+from flowppl.bijections.spline import RQSpline
+
+__all__ = [
+    "Affine",
+    "Bijection",
+    "Chain",
+    "Composed",
+    "Coupling",
+    "Elementwise",
+    "Inverse",
+    "LULinear",
+    "MaskedAutoregressive",
+    "Permutation",
+    "Planar",
+    "RQSpline",
+    "Rotation",
+    "Stack",
+    "Transformer",
+    "bind",
+    "solve_increasing",
+]

@@ -1,0 +1,137 @@
+"""The monotone rational-quadratic spline with identity tails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from flowppl.backend import backend_of
+from flowppl.bijections.affine import soft_clip
+from flowppl.bijections.base import Array
+from flowppl.bijections.elementwise import Transformer
+
+_LOG_SHARE = 0.5 * math.log(1e3)  # bins differ in width by at most a factor of 1e3: no bin vanishes in float32
+_LOG_SLOPE = math.log(1e3)  # and knots have slopes between 1e-3 and 1e3
+
+
+@dataclass(frozen=True)
+class RQSpline(Transformer):
+    """A rational-quadratic spline on [-bound, bound], the identity outside, continuously differentiable everywhere.
+
+    Durkan et al. 2019, "Neural spline flows", equations 4 to 8, written so that nothing cancels in float32. With p = the
+    position in the bin and q = 1 - p (both from differences of knots, hence exact), s the bin's mean slope and d0, d1 the slopes
+    at its ends, all terms of
+
+        y = y_k + h (s p^2 + d0 p q) / D,    dy/dx = s^2 (d1 p^2 + 2 s p q + d0 q^2) / D^2,    D = s (p^2 + q^2) + (d0 + d1) p q
+
+    are positive. The inverse solves A u^2 + B u - C = 0 for u = p / q, where A = s (1 - t), C = s t >= 0 and
+    B = d0 (1 - t) - d1 t for the relative height t: the discriminant B^2 + 4 A C is a sum of positive terms.
+
+    Attributes:
+        bins: Number of bins.
+        bound: Half-width of the box.
+    """
+
+    bins: int = 8
+    bound: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.bins < 2 or not self.bound > 0:
+            raise ValueError(f"bins must be at least 2 and bound positive, got bins={self.bins}, bound={self.bound}")
+
+    @property
+    def num_params(self) -> int:
+        """Widths, heights and the slopes at inner knots (those at the box are one)."""
+        return 3 * self.bins - 1
+
+    def forward(self, theta: Array, x: Array) -> tuple[Array, Array]:
+        """See `Transformer.forward`."""
+        kernel = self._kernel(x, inverse=False)
+        return kernel(theta, x) if kernel else self.forward_with_curvature(theta, x)[:2]
+
+    def forward_with_curvature(self, theta: Array, x: Array) -> tuple[Array, Array, Array]:
+        """Value, log-slope and its derivative in closed form, from one pass."""
+        xp = backend_of(x).xp
+        inside, x_in = self._clip(x)
+        xs, ys, slopes = self._knots(theta)
+        x0, x1, y0, y1, d0, d1 = _bin(x_in, xs, (xs, ys, slopes))
+        w, h = x1 - x0, y1 - y0
+        p, q = (x_in - x0) / w, (x1 - x_in) / w
+        y, log_slope, curvature = _evaluate(xp, p, q, w, h, d0, d1)
+        zero = xp.zeros_like(y)
+        return xp.where(inside, y0 + y, x), xp.where(inside, log_slope, zero), xp.where(inside, curvature, zero)
+
+    def inverse(self, theta: Array, y: Array) -> tuple[Array, Array]:
+        """See `Transformer.inverse`."""
+        kernel = self._kernel(y, inverse=True)
+        if kernel:
+            return kernel(theta, y)
+        xp = backend_of(y).xp
+        inside, y_in = self._clip(y)
+        xs, ys, slopes = self._knots(theta)
+        x0, x1, y0, y1, d0, d1 = _bin(y_in, ys, (xs, ys, slopes))
+        w, h = x1 - x0, y1 - y0
+        p, q = _solve(xp, (y_in - y0) / h, (y1 - y_in) / h, h / w, d0, d1)
+        _, log_slope, _ = _evaluate(xp, p, q, w, h, d0, d1)
+        # From the nearer knot: at the right end of a bin, x0 + p w would lose q.
+        x = xp.where(p < q, x0 + p * w, x1 - q * w)
+        return xp.where(inside, x, y), xp.where(inside, -log_slope, xp.zeros_like(log_slope))
+
+    def _kernel(self, x: Array, inverse: bool) -> Callable[[Array, Array], tuple[Array, Array]] | None:
+        """The backend's own version of this map, if it has one; what is written here is its oracle."""
+        kernel = getattr(backend_of(x), "rq_spline", None)
+        options = {"bound": self.bound, "log_share": _LOG_SHARE, "log_slope": _LOG_SLOPE, "inverse": inverse}
+        return kernel and partial(kernel, **options)
+
+    def _clip(self, x: Array) -> tuple[Array, Array]:
+        # The unused branch of a `where` must stay finite, or its gradient poisons the used one: clip first.
+        inside = (x > -self.bound) & (x < self.bound)
+        return inside, backend_of(x).xp.clip(x, -self.bound, self.bound)
+
+    def _knots(self, theta: Array) -> tuple[Array, Array, Array]:
+        """Positions, heights and slopes of the knots, each `(bins + 1, *shape)`."""
+        backend = backend_of(theta)
+        xp, k = backend.xp, self.bins
+        shape = theta.shape[1:]
+        shares = xp.exp(soft_clip(xp.reshape(theta[: 2 * k], (2, k, *shape)), _LOG_SHARE))
+        sums = xp.cumulative_sum(shares, axis=1)
+        inner = sums[:, :-1] * (2 * self.bound / sums[:, -1:]) - self.bound
+        edge = xp.ones_like(inner[:, :1])
+        knots = xp.concat([-self.bound * edge, inner, self.bound * edge], axis=1)
+        slopes = xp.concat([edge[0], xp.exp(soft_clip(theta[2 * k :], _LOG_SLOPE)), edge[0]], axis=0)
+        return knots[0], knots[1], slopes
+
+
+def _bin(x: Array, knots: Array, values: tuple[Array, ...]) -> list[Array]:
+    """Each of `values` at the left and at the right knot of the bin of x, picked by a mask (no indexing: fuses, vmaps)."""
+    xp = backend_of(x).xp
+    right_of = x >= knots[1:-1]
+    everywhere = xp.ones_like(right_of[:1])
+    here = xp.concat([everywhere, right_of], axis=0) & ~xp.concat([right_of, ~everywhere], axis=0)
+    mask = xp.astype(here, x.dtype)
+    return [xp.sum(part * mask, axis=0) for v in values for part in (v[:-1], v[1:])]
+
+
+def _evaluate(xp: Array, p: Array, q: Array, w: Array, h: Array, d0: Array, d1: Array) -> tuple[Array, Array, Array]:
+    """Height above the left knot, log-slope, and derivative of the log-slope."""
+    s = h / w
+    pq = p * q
+    denominator = s * (p * p + q * q) + (d0 + d1) * pq
+    slope = d1 * p * p + 2 * s * pq + d0 * q * q
+    y = h * (s * p * p + d0 * pq) / denominator
+    log_slope = 2 * xp.log(s / denominator) + xp.log(slope)
+    from_slope = (d1 * p + s * (q - p) - d0 * q) / slope
+    from_denominator = (d0 + d1 - 2 * s) * (q - p) / denominator
+    return y, log_slope, 2 * (from_slope - from_denominator) / w
+
+
+def _solve(xp: Array, t: Array, t1: Array, s: Array, d0: Array, d1: Array) -> tuple[Array, Array]:
+    """The position p in the bin, and 1 - p, at relative height t, with t1 = 1 - t."""
+    a, b, c = s * t1, d0 * t1 - d1 * t, s * t
+    positive = b >= 0
+    root = xp.where(positive, b, -b) + xp.sqrt(b * b + 4 * a * c)  # never zero: d0 and d1 are positive
+    # u = p / q = 2 c / root where b >= 0, root / (2 a) where b < 0
+    up, down = xp.where(positive, 2 * c, root), xp.where(positive, root, 2 * a)
+    return up / (up + down), down / (up + down)

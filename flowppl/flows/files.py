@@ -1,0 +1,133 @@
+"""Flow files: safetensors with a JSON description in the header. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from flowppl import tree
+from flowppl.backend import backend_of
+from flowppl.config import build, describe
+from flowppl.errors import FlowFileError
+from flowppl.flows.flow import Flow
+
+FORMAT = "flowppl-1"
+_MAX_NODES = (
+    10_000  # objects and numbers of a description, repeated layers counted: building it stays a matter of seconds
+)
+
+
+def write(path: str | os.PathLike[str], flow: Flow, variables: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Writes a flow and its arrays; an interrupted write leaves an older file as it was.
+
+    Args:
+        path: Where to.
+        flow: The description.
+        variables: What `flow.init` returned, trained or not, of either framework.
+        extra: What else belongs to it, as JSON types.
+    """
+    arrays = {name: np.ascontiguousarray(backend_of(a).to_numpy(a)) for name, a in tree.paths(variables).items()}
+    text = json.dumps({"flow": describe(flow), "extra": extra}, sort_keys=True)
+    header = {"format": FORMAT, "description": text, "sha256": _digest(text, arrays)}
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(save(arrays, header))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Flow, dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `write` wrote: the flow, its arrays by name, and the extra.
+
+    Raises:
+        FlowFileError: the file is missing, foreign, truncated or altered, or describes what no flow can be.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                got = header.get("format")
+                raise FlowFileError(f"{path} is not a flow file: its format is {got!r}, not {FORMAT!r}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, FlowFileError):
+            raise
+        raise FlowFileError(f"{path} cannot be read as a flow file: {error}") from error
+    text = header.get("description", "")
+    if header.get("sha256") != _digest(text, arrays):
+        raise FlowFileError(f"{path} is damaged: its checksum does not match; save it again")
+    try:
+        description = json.loads(text)
+        nodes = _count(description["flow"])
+        if nodes > _MAX_NODES:
+            raise FlowFileError(f"{path} describes a flow of {nodes} parts: more than {_MAX_NODES}")
+        flow, extra = build(description["flow"], max(1024, sum(a.size for a in arrays.values()))), description["extra"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, FlowFileError):
+            raise
+        raise FlowFileError(f"{path} has no valid description: {error}") from error
+    if not isinstance(flow, Flow) or not isinstance(extra, dict):
+        raise FlowFileError(f"{path} describes a {type(flow).__name__}, not a flow")
+    return flow, arrays, extra
+
+
+def restore(
+    arrays: dict[str, np.ndarray], template: dict[str, Any] | Callable[[], dict[str, Any]], like: Any = None
+) -> dict[str, Any]:
+    """Puts a file's arrays into the tree of `template`, which has the flow's shapes (abstract arrays will do).
+
+    Args:
+        arrays: By name, as `read` returns them.
+        template: What the flow's `init` returns, or arrays without values; or a function that makes it, whose errors
+            are the file's: a description may pass for a flow and still have sizes that no array has.
+        like: An array of the framework, dtype and device to convert to.
+
+    Raises:
+        FlowFileError: names, shapes or kinds of number differ.
+    """
+    if callable(template):
+        try:
+            template = template()
+        except Exception as error:  # whatever a hostile description leads to
+            raise FlowFileError(f"the file describes a flow that cannot be built: {error}") from error
+    expected = {name: (tuple(a.shape), _is_float(a)) for name, a in tree.paths(template).items()}
+    found = {name: (a.shape, _is_float(a)) for name, a in arrays.items()}
+    if expected != found:
+        name = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))[0]
+        got, want = (
+            "nothing" if k is None else f"{'floats' if k[1] else 'integers'} of shape {k[0]}"
+            for k in (found.get(name), expected.get(name))
+        )
+        raise FlowFileError(f"the file does not fit the flow: {name} is {got} in the file and {want} in the flow")
+    return tree.unflatten(template, {k: backend_of(like).asarray(v, like) for k, v in arrays.items()})
+
+
+def _is_float(a: Any) -> bool:
+    return "float" in str(a.dtype)  # of any framework
+
+
+def _count(description: Any) -> int:
+    """Nodes of a description; those inside a stack count as often as it repeats them."""
+    if isinstance(description, list):
+        return 1 + sum(map(_count, description))
+    if isinstance(description, dict):
+        depth = description.get("depth", 1)
+        return (1 + sum(map(_count, description.values()))) * (max(depth, 1) if isinstance(depth, int) else 1)
+    return 1
+
+
+def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()

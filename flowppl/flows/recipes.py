@@ -1,0 +1,224 @@
+"""Flows by name: recipes build a bijection of any dimension, and the registry finds them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowppl.bijections import (
+    Affine,
+    Bijection,
+    Chain,
+    Composed,
+    Coupling,
+    Elementwise,
+    LULinear,
+    Planar,
+    Rotation,
+    RQSpline,
+    Stack,
+    Transformer,
+)
+from flowppl.errors import DimensionError, UnknownFlowError
+from flowppl.flows.bases import Base, Normal
+from flowppl.flows.flow import Flow
+
+_RECIPES: dict[str, Callable[..., Bijection]] = {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A flow that waits for its dimension: `flows.nsf(layers=4)(dim=10)`.
+
+    Attributes:
+        name: The registered name.
+        options: The options given, as pairs.
+        base: The base density.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    base: Base = field(default_factory=Normal)
+
+    def __call__(self, dim: int, context_dim: int = 0) -> Flow:
+        """Builds the flow of vectors of length `dim`, conditional on a context of length `context_dim`.
+
+        Raises:
+            DimensionError: `dim` is less than one or `context_dim` negative.
+        """
+        if dim < 1 or context_dim < 0:
+            raise DimensionError(f"expected dim >= 1 and context_dim >= 0, got dim={dim}, context_dim={context_dim}")
+        return Flow(_RECIPES[self.name](dim, context_dim, **dict(self.options)), self.base)
+
+
+def register(name: str) -> Callable[[Callable[..., Bijection]], Callable[..., Recipe]]:
+    """Registers `build(dim, context_dim, *, option=...) -> Bijection` under a name that every guide and distribution accepts.
+
+    The decorated function becomes the recipe's constructor: it takes the options, and `base=` for another base density.
+
+    Example:
+        >>> from flowppl import flows
+        >>> from flowppl.bijections import Affine, Elementwise
+        >>> @flows.register("diagonal")
+        ... def diagonal(dim, context_dim):
+        ...     return Elementwise(dim, Affine(), context_dim)
+        >>> flows.get("diagonal")(dim=2).dim
+        2
+    """
+
+    def decorate(function: Callable[..., Bijection]) -> Callable[..., Recipe]:
+        signature = inspect.signature(function)
+        known = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+        def recipe(*, base: Base = Normal(), **options: Any) -> Recipe:  # noqa: B008 (immutable)
+            unknown = sorted(set(options) - set(known))
+            if unknown:
+                raise TypeError(f"flow {name!r} has no option {unknown[0]!r}; it has base, {', '.join(known)}")
+            return Recipe(name, tuple(sorted(options.items())), base)
+
+        _RECIPES[name] = function
+        recipe.__name__, recipe.__qualname__, recipe.__doc__ = name, name, function.__doc__
+        recipe.__module__ = function.__module__
+        return recipe
+
+    return decorate
+
+
+def names() -> list[str]:
+    """The registered names."""
+    return sorted(_RECIPES)
+
+
+def get(flow: str | Recipe | Flow) -> Callable[..., Flow]:
+    """Returns what builds a flow from `(dim, context_dim)`: from a name, a recipe, or a ready flow of that dimension.
+
+    Raises:
+        UnknownFlowError: no recipe has this name; the message names the nearest.
+    """
+    if isinstance(flow, Recipe):
+        return flow
+    if isinstance(flow, Flow):
+
+        def ready(dim: int, context_dim: int = 0) -> Flow:
+            if (flow.dim, flow.context_dim) != (dim, context_dim):
+                raise DimensionError(
+                    f"flow: expected dim={dim} and context_dim={context_dim}, got a flow with dim={flow.dim} and "
+                    f"context_dim={flow.context_dim}; give a name or a recipe, such as flows.nsf(), to have it fitted"
+                )
+            return flow
+
+        return ready
+    if flow in _RECIPES:
+        return Recipe(flow)
+    near = difflib.get_close_matches(str(flow), names(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise UnknownFlowError(f"no flow is called {flow!r}: {hint}registered flows are {', '.join(names())}")
+
+
+@register("affine")
+def affine(dim: int, context_dim: int, *, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
+    """An affine map of full rank: a multivariate normal, on a normal base.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        hidden: With a context, widths of the network that shifts and scales the base's coordinates.
+    """
+    if not context_dim:
+        return LULinear(dim)
+    return Chain((Elementwise(dim, Affine(), context_dim, tuple(hidden)), LULinear(dim)))
+
+
+@register("nsf")
+def nsf(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 8,
+    hidden: tuple[int, ...] = (64, 64),
+    bins: int = 8,
+    bound: float = 5.0,
+    activation: str = "silu",
+    linear: bool = True,
+    affine: bool = True,
+) -> Bijection:
+    """Neural spline flow: rational-quadratic spline couplings with learned linear mixing. Durkan et al. 2019.
+
+    An affine map follows each spline: a scale that depends on other coordinates, as in a funnel, is one number to it, and a
+    bend of every bin to a spline.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of couplings.
+        hidden: Widths of each conditioner's hidden layers.
+        bins: Bins of each spline.
+        bound: Half-width of the splines' box; the identity outside.
+        activation: The conditioners' activation.
+        linear: Whether an LU-factorised linear map precedes each coupling.
+        affine: Whether an affine map with a bounded scale follows each spline.
+    """
+    spline = RQSpline(bins, bound)
+    transformer = Composed(spline, Affine()) if affine else spline
+    return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear)
+
+
+@register("realnvp")
+def realnvp(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 8,
+    hidden: tuple[int, ...] = (64, 64),
+    activation: str = "silu",
+    linear: bool = True,
+) -> Bijection:
+    """Affine couplings with bounded scales and learned linear mixing. Dinh et al. 2017.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of couplings.
+        hidden: Widths of each conditioner's hidden layers.
+        activation: The conditioners' activation.
+        linear: Whether an LU-factorised linear map precedes each coupling.
+    """
+    return _couplings(dim, Affine(), context_dim, layers, hidden, activation, linear)
+
+
+@register("planar")
+def planar(dim: int, context_dim: int, *, layers: int = 16, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
+    """Planar flow that scores any point. Rezende and Mohamed 2015.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of planar maps.
+        hidden: With a context, widths of the networks' hidden layers.
+    """
+    return Chain((Stack(Planar(dim, context_dim, hidden), layers), LULinear(dim)))
+
+
+def _couplings(
+    dim: int,
+    transformer: Transformer,
+    context_dim: int,
+    layers: int,
+    hidden: tuple[int, ...],
+    activation: str,
+    linear: bool,
+) -> Bijection:
+    """Couplings whose roles change by a rotation of the coordinates, rotated back and mapped affinely at the end."""
+    coupling = Coupling(dim, transformer, context_dim, tuple(hidden), activation)
+    kept = coupling.kept
+
+    def rotation(by: int) -> tuple[Rotation, ...]:
+        return (Rotation(dim, by % dim),) if by % dim else ()
+
+    mixing = (LULinear(dim),) if linear else ()
+    block = (*mixing, coupling, *rotation(kept))
+    body = Stack(Chain(block), layers)
+    return Chain((body, *rotation(-kept * layers), LULinear(dim)))

@@ -1,0 +1,99 @@
+"""Multilayer perceptrons, plain and masked, whose outputs lead and whose batch trails."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flowppl.backend import backend_of, backend_of_rng
+from flowppl.config import Configured
+
+Array = Any
+ACTIVATIONS = ("relu", "silu", "gelu")
+
+
+@dataclass(frozen=True)
+class MLP(Configured):
+    """A perceptron from `(*batch, inputs)` to `(*outputs, *batch)`.
+
+    The outputs come first, so that each of them is one contiguous block over the batch: what follows is element-wise and runs
+    over long rows. The last layer starts at zero, so a bijection that is the identity at zero parameters starts as one.
+
+    Attributes:
+        inputs: Length of the input vector; 0 gives learnable constants.
+        outputs: Shape of the output.
+        hidden: Widths of the hidden layers.
+        activation: One of "relu", "silu", "gelu".
+    """
+
+    inputs: int
+    outputs: tuple[int, ...]
+    hidden: tuple[int, ...] = (64, 64)
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+
+    def init(self, rng: Any) -> dict[str, Any]:
+        """Draws weights uniformly within the inverse root of the fan-in; zeros in the last layer."""
+        backend = backend_of_rng(rng)
+        widths = (self.inputs, *self.hidden)
+        layers = []
+        for fan_in, fan_out, key in zip(widths, widths[1:], backend.split(rng, len(widths)), strict=False):
+            u = backend.uniform(key, (fan_out, fan_in + 1))
+            u = (2 * u - 1) / math.sqrt(max(fan_in, 1))
+            layers.append({"weight": u[:, :-1], "bias": u[:, -1]})
+        rows = math.prod(self.outputs)
+        layers.append({"weight": backend.xp.zeros((rows, widths[-1])), "bias": backend.xp.zeros((rows,))})
+        return {"layers": tuple(layers)}
+
+    def __call__(self, params: dict[str, Any], x: Array) -> Array:
+        """Maps x `(*batch, inputs)` to `(*outputs, *batch)`."""
+        return self._apply([(layer["weight"], layer["bias"]) for layer in params["layers"]], x)
+
+    def _apply(self, layers: list[tuple[Array, Array]], x: Array) -> Array:
+        backend = backend_of(x)
+        activation = getattr(backend, self.activation)
+        batch = x.shape[:-1]
+        h = backend.xp.reshape(x, (math.prod(batch), x.shape[-1])).T
+        for weight, bias in layers[:-1]:
+            h = activation(weight @ h + bias[:, None])
+        weight, bias = layers[-1]
+        # Adam moves every weight alike, so without this a step would move the outputs in proportion to the width.
+        weight = weight * (1 / math.sqrt(weight.shape[1] or 1))
+        return backend.xp.reshape(weight @ h + bias[:, None], (*self.outputs, *batch))
+
+
+@dataclass(frozen=True)
+class MaskedMLP(MLP):
+    """A perceptron whose output i along the last output axis depends on the inputs j < i and on the context (MADE).
+
+    The input is `(*batch, dim + context_dim)` and `outputs` is `(..., dim)`. Germain et al. 2015, "MADE", equations 8 and 9.
+
+    Attributes:
+        context_dim: Length of the context, which every output may use.
+    """
+
+    context_dim: int = 0
+
+    def _degrees(self) -> list[list[int]]:
+        """One number for each unit of each layer: a unit sees the units of the layer before whose degree is not larger."""
+        dim = self.outputs[-1]
+        lowest = 0 if self.context_dim or dim == 1 else 1  # degree 0 sees the context alone
+        hidden = [[lowest + i % (dim - lowest) for i in range(width)] for width in self.hidden]
+        last = list(range(dim)) * math.prod(self.outputs[:-1])
+        return [[*range(1, dim + 1), *[0] * self.context_dim], *hidden, last]
+
+    def __call__(self, params: dict[str, Any], x: Array) -> Array:
+        """Maps x `(*batch, dim + context_dim)` to `(..., dim, *batch)`."""
+        backend = backend_of(x)
+        like = params["layers"][0]["weight"]
+        # From lists, not numpy arrays: torch.compile would trace those.
+        degrees = [backend.asarray(d, like) for d in self._degrees()]
+        layers = []
+        for layer, before, after in zip(params["layers"], degrees, degrees[1:], strict=False):
+            mask = backend.xp.astype(after[:, None] >= before[None], like.dtype)
+            layers.append((layer["weight"] * mask, layer["bias"]))
+        return self._apply(layers, x)

@@ -1,0 +1,310 @@
+"""The flows that every conformance test runs over, parameters away from the identity, and autodiff as the oracle."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flowppl import flows, tree
+from flowppl.backend import get_backend
+from flowppl.bijections import (
+    Affine,
+    Bijection,
+    Chain,
+    Composed,
+    Coupling,
+    Elementwise,
+    Inverse,
+    LULinear,
+    MaskedAutoregressive,
+    Permutation,
+    Planar,
+    RQSpline,
+    Stack,
+    bind,
+)
+from flowppl.flows import Flow, StudentT, recipes
+
+Array = Any
+
+BOUND = 3.0
+HIDDEN = (8, 8)
+# Compilation dominates: every option that makes a flow larger is small here.
+SMALL = {"layers": 3, "hidden": HIDDEN, "bins": 4, "bound": BOUND}
+SPLINE = RQSpline(4, BOUND)
+
+
+def registered(name: str, dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """The registered flow in a small size."""
+    known = inspect.signature(recipes._RECIPES[name]).parameters
+    given = {"options": tuple(sorted((k, v) for k, v in SMALL.items() if k in known)), **options}
+    return flows.Recipe(name, **given)(dim, context_dim)
+
+
+def _maf(transformer: Any, dim: int, context_dim: int = 0) -> Bijection:
+    return MaskedAutoregressive(dim, transformer, context_dim, HIDDEN)
+
+
+def _nested(dim: int, context_dim: int = 0) -> Bijection:
+    """Every way to compose, inside one another, with parts that take a context and parts that do not."""
+    coupling = Chain((Coupling(dim, SPLINE, context_dim, HIDDEN), Permutation(dim)))
+    parts = (
+        Inverse(Stack(coupling, 2)),
+        Inverse(LULinear(dim)),
+        Stack(Inverse(Chain((LULinear(dim), _maf(Affine(), dim, context_dim)))), 2),
+        Inverse(Inverse(Planar(dim, context_dim, HIDDEN))),
+        Inverse(Permutation(dim)),
+    )
+    return Chain((Chain(parts[:2]), *parts[2:]))
+
+
+SHAPES = ((1, 0), (1, 2), (2, 0), (5, 3))
+CASES: dict[str, Flow] = {
+    **{f"{name}-{d}-{c}": registered(name, d, c) for name in flows.names() for d, c in SHAPES},
+    "maf-affine-1-2": Flow(_maf(Affine(), 1, 2)),
+    "maf-affine-5-0": Flow(_maf(Affine(), 5)),
+    "maf-spline-1-0": Flow(_maf(SPLINE, 1)),
+    "maf-spline-5-2": Flow(_maf(SPLINE, 5, 2)),
+    "inverse-maf-affine-5-2": Flow(Inverse(_maf(Affine(), 5, 2))),
+    "inverse-maf-spline-2-0": Flow(Inverse(_maf(SPLINE, 2))),
+    "elementwise-affine-1-0": Flow(Elementwise(1, Affine())),
+    "elementwise-affine-5-2": Flow(Elementwise(5, Affine(), 2, HIDDEN)),
+    "elementwise-spline-2-0": Flow(Elementwise(2, SPLINE)),
+    "elementwise-spline-2-3": Flow(Elementwise(2, SPLINE, 3, HIDDEN)),
+    "composed-2-2": Flow(Elementwise(2, Composed(Composed(SPLINE, Affine()), RQSpline(3, 2.0)), 2, HIDDEN)),
+    "permutation-5-0": Flow(Permutation(5)),
+    "nested-5-2": Flow(_nested(5, 2)),
+    "student-t-2-1": registered("realnvp", 2, 1, base=StudentT(4.0)),
+}
+# One flow of each kind, for what need not be tried in every shape.
+FEW = [
+    *(f"{name}-5-3" for name in flows.names()),
+    "maf-spline-5-2",
+    "inverse-maf-affine-5-2",
+    "elementwise-spline-2-0",
+    "permutation-5-0",
+    "student-t-2-1",
+]
+
+
+def variables(flow: Flow, seed: int = 0, noise: float = 0.2) -> dict[str, Any]:
+    """Parameters in numpy, the same for all frameworks: what `init` draws, and noise on top, so not the identity."""
+    rng = np.random.default_rng(seed)
+    drawn = flow.init(rng)
+    params = tree.map(lambda p: p + noise * rng.standard_normal(np.shape(p)), drawn["params"])
+    return {"params": params, "const": drawn["const"]}
+
+
+class Points(NamedTuple):
+    """Base points, a context, and what the outputs are contracted with for gradients."""
+
+    z: Array
+    context: Array | None
+    weights: tuple[Array, Array, Array, Array]  # for y, log-det, score, score of the context
+
+
+def points(flow: Flow, where: str = "near") -> Points:
+    """Six points in numpy: "near" the base's mass (the last one is not), or "far" out and on the splines' box."""
+    rng = np.random.default_rng(1)
+    n, d, c = 6, flow.dim, flow.context_dim
+    z = 1.5 * rng.standard_normal((n, d))
+    if where == "near":
+        z[-1] *= 3
+    else:
+        z[:4] = np.asarray([BOUND, -BOUND, 1e3, -1e6])[:, None]
+        z[4:, -1] = 1e3, -1e6
+    context = rng.standard_normal((n, c)) if c else None
+    shapes = ((n, d), (n,), (n, d), (n, c))
+    return Points(z, context, tuple(rng.standard_normal(s) for s in shapes))
+
+
+def on(backend: Any, x: Any, dtype: Any = np.float64) -> Any:
+    """A tree of numpy arrays as arrays of the framework; floats get the dtype."""
+
+    def leaf(a: Any) -> Array:
+        a = np.array(a)
+        a = a.astype(dtype) if a.dtype.kind == "f" else a
+        return backend.xp.asarray(a, dtype=getattr(backend.xp, a.dtype.name))
+
+    return tree.map(leaf, x)
+
+
+def to_numpy(backend: Any, x: Any) -> Any:
+    """A tree of the framework's arrays in numpy."""
+    return tree.map(backend.to_numpy, x)
+
+
+# Autodiff: the frameworks' own, not our wrappers of it
+
+
+def gradient(backend: Any, f: Callable[..., tuple[Array, Any]], *args: Any) -> tuple[Any, tuple]:
+    """(aux, gradients with respect to all args) of f(*args) -> (scalar, aux); the gradient of what is not used is zero."""
+    if backend.name == "jax":
+        import jax
+
+        (_, aux), grads = jax.value_and_grad(f, argnums=tuple(range(len(args))), has_aux=True)(*args)
+        return aux, grads
+    import torch
+
+    args = tree.map(lambda a: a.detach().clone().requires_grad_(a.is_floating_point()), args)
+    out, aux = f(*args)
+    grads = torch.autograd.grad(out, tree.leaves(args), allow_unused=True, materialize_grads=True)
+    return aux, tree.unflatten(args, grads)
+
+
+def jacobian(backend: Any, f: Callable[[Array], Array], x: Array) -> Array:
+    """The dense Jacobians (batch, n, m) of f, a function of one point."""
+    if backend.name == "jax":
+        import jax
+
+        return jax.vmap(jax.jacobian(f))(x)
+    import torch
+
+    return torch.func.vmap(torch.func.jacrev(f))(x)
+
+
+@functools.cache
+def _fast_compilation() -> dict[str, Any] | None:
+    """Options that compile three times faster, and run slower; None for an XLA that lacks one of them."""
+    import jax
+
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options)(1.0)
+    except Exception:  # jaxlib's own type, which has moved between versions
+        return None
+    return options
+
+
+def compiled(backend: Any, f: Callable) -> Callable:
+    """Jit, made for short compilation: it dominates."""
+    if backend.name == "torch":
+        return f
+    import jax
+
+    return jax.jit(f, compiler_options=_fast_compilation())
+
+
+# What the conformance suite looks at, from one compiled function for each flow
+
+
+class Pass(NamedTuple):
+    """Values of one direction, and gradients (params, point, context) of their contraction with the weights."""
+
+    values: Any
+    grads: Any
+
+
+def push_with_score(backend: Any, flow: Flow, v: Any, at: Points) -> Pass:
+    """The sampling pass with scores. The scores enter the contraction: were they attached, gradients would show it."""
+
+    def loss(params: Any, z: Array, context: Array | None) -> tuple[Array, Any]:
+        sample = flow.push({"params": params, "const": v["const"]}, z, context, with_score=True)
+        parts = zip(sample, at.weights, strict=True)
+        return sum((part * w).sum() for part, w in parts if part is not None), sample
+
+    return Pass(*gradient(backend, loss, v["params"], at.z, at.context))
+
+
+def push(backend: Any, flow: Flow, v: Any, at: Points) -> Pass:
+    """The plain sampling pass, contracted in the same way."""
+
+    def loss(params: Any, z: Array, context: Array | None) -> tuple[Array, Any]:
+        y, log_det = flow.bijection.forward(bind({"params": params, "const": v["const"]}), z, context)
+        log_prob = flow.base.log_prob(z) - log_det
+        return (y * at.weights[0]).sum() + (log_prob * at.weights[1]).sum(), (y, log_det)
+
+    return Pass(*gradient(backend, loss, v["params"], at.z, at.context))
+
+
+def score(backend: Any, flow: Flow, v: Any, x: Array, context: Array | None) -> Pass:
+    """log q at x with its gradients, and the inverse that it rests on."""
+
+    def loss(params: Any, x: Array, context: Array | None) -> tuple[Array, Any]:
+        full = {"params": params, "const": v["const"]}
+        z, log_det = flow.bijection.inverse(bind(full), x, context)  # as `Flow.log_prob` does: tested on its own
+        log_prob = flow.base.log_prob(z) + log_det
+        return log_prob.sum(), (log_prob, z, log_det)
+
+    return Pass(*gradient(backend, loss, v["params"], x, context))
+
+
+class Report(NamedTuple):
+    """Everything about one flow at some points, in numpy."""
+
+    at: Points
+    with_score: Pass
+    push: Pass
+    score: Pass
+    jacobian: Array  # dy/dz
+    inverse_jacobian: Array  # dz/dy
+
+
+@functools.cache
+def _everything(name: str, framework: str) -> Callable[[Any, Points], tuple]:
+    """(variables, points) -> the parts of a report."""
+    flow, backend = CASES[name], get_backend(framework)
+
+    def everything(v: Any, at: Points) -> tuple:
+        def through(f: Callable) -> Callable:
+            return lambda zc: f(bind(v), zc[: flow.dim], zc[flow.dim :] if flow.context_dim else None)[0]
+
+        def with_context(x: Array) -> Array:
+            return x if at.context is None else backend.xp.concat([x, at.context], axis=-1)
+
+        plain = push(backend, flow, v, at)
+        y = backend.stop(plain.values[0])
+        return (
+            push_with_score(backend, flow, v, at),
+            plain,
+            score(backend, flow, v, y, at.context),
+            jacobian(backend, through(flow.bijection.forward), with_context(at.z))[..., : flow.dim],
+            jacobian(backend, through(flow.bijection.inverse), with_context(y))[..., : flow.dim],
+        )
+
+    return compiled(backend, everything)
+
+
+@functools.cache
+def report(
+    name: str, framework: str, where: str = "near", dtype: str = "float64", seed: int = 0, scale: float = 1.0
+) -> Report:
+    """The report of one case; a framework is asked once.
+
+    Args:
+        name: Of the case.
+        framework: "torch" or "jax".
+        where: Which points.
+        dtype: Of everything.
+        seed: Of the parameters.
+        scale: What all parameters but those of the linear layers are multiplied by.
+    """
+    flow, backend = CASES[name], get_backend(framework)
+    v = variables(flow, seed)
+    linear = ("lu", "bias")
+    scaled = {k: p if k.endswith(linear) and "net" not in k else scale * p for k, p in tree.paths(v["params"]).items()}
+    v = {**v, "params": tree.unflatten(v["params"], scaled)}
+    at = points(flow, where)
+    out = _everything(name, framework)(on(backend, v, dtype), on(backend, at, dtype))
+    return Report(at, *to_numpy(backend, out))
+
+
+def assert_close(actual: Any, expected: Any, tol: float, what: str = "") -> None:
+    """Trees agree within tol (1 + the largest entry of the leaf)."""
+    actual, expected = tree.paths({"": actual}), tree.paths({"": expected})
+    assert actual.keys() == expected.keys(), what
+    for path, b in expected.items():
+        a = np.asarray(actual[path])
+        assert a.shape == np.shape(b), f"{what}{path}: shapes {a.shape} and {np.shape(b)}"
+        if a.size:
+            scale = 1 + np.max(np.abs(b))
+            error = np.max(np.abs(a - b)) / scale
+            assert error <= tol, f"{what}{path}: relative error {error:.2e} exceeds {tol:.0e}"
