@@ -1,0 +1,27 @@
+"""The NumPyro front: flow guides, distributions, transforms and densities of models."""
+
+from flowppl.errors import MissingExtraError
+
+try:
+    import jax as _jax  # noqa: F401
+    import numpyro as _numpyro  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingExtraError("numpyro", "numpyro") from error
+
+from flowppl.numpyro.density import LogDensity
+from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
+from flowppl.numpyro.export import to_arviz
+from flowppl.numpyro.files import load_flow, save_flow
+from flowppl.numpyro.guides import AutoFlow
+from flowppl.numpyro.modules import flow_module
+
+__all__ = [
+    "AutoFlow",
+    "FlowDistribution",
+    "FlowTransform",
+    "LogDensity",
+    "flow_module",
+    "load_flow",
+    "save_flow",
+    "to_arviz",
+]

@@ -1,0 +1,188 @@
+"""Flows as NumPyro transforms and distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import Distribution, TransformedDistribution, constraints
+from numpyro.distributions.transforms import Transform
+from numpyro.distributions.util import validate_sample
+
+from flowppl import tree
+from flowppl.bijections import Bijection, bind
+from flowppl.errors import DimensionError
+from flowppl.flows import Base, Flow, Sample
+from flowppl.objectives import path_log_prob
+
+Array = Any
+GRADIENTS = ("reparam", "path")
+
+
+class FlowTransform(Transform):
+    """A bijection with its arrays as a transform of real vectors; the arrays are its pytree leaves.
+
+    Args:
+        bijection: The bijection, of dimension d.
+        variables: What its `init` returned, trained or not.
+        context: `(*batch, context_dim)` or None.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, bijection: Bijection, variables: dict[str, Any], context: Array | None = None) -> None:
+        self.bijection = bijection
+        self.variables = variables
+        self.context = context
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x `(*batch, d)` to y `(*batch, d)`."""
+        return self.call_with_intermediates(x)[0]
+
+    def _inverse(self, y: Array) -> Array:
+        return self.bijection.inverse(bind(self.variables), y, self.context)[0]
+
+    def call_with_intermediates(self, x: Array) -> tuple[Array, Array]:
+        """Returns y and, as the intermediate, log |det dy/dx| from the same pass."""
+        return self.bijection.forward(bind(self.variables), x, self.context)
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Array | None = None) -> Array:
+        """log |det dy/dx| `(*batch,)`."""
+        return self.call_with_intermediates(x)[1] if intermediates is None else intermediates
+
+    def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of y."""
+        batch = () if self.context is None else self.context.shape[:-1]
+        return (*jnp.broadcast_shapes(shape[:-1], batch), shape[-1])
+
+    inverse_shape = forward_shape
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """The arrays are children, the bijection is static."""
+        return (self.variables, self.context), (("variables", "context"), {"bijection": self.bijection})
+
+    def eq(self, other: Any, static: bool = False) -> Any:
+        """Whether another transform is this one; `static` compares arrays by identity, as NumPyro's own do."""
+        if not isinstance(other, FlowTransform) or self.bijection != other.bijection:
+            return False
+        mine, theirs = (jax.tree.leaves((t.variables, t.context)) for t in (self, other))
+        if len(mine) != len(theirs):
+            return False
+        if static:
+            return all(a is b for a, b in zip(mine, theirs, strict=True))
+        return jnp.all(jnp.stack([jnp.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)]))
+
+
+class FlowDistribution(TransformedDistribution):
+    """The distribution of a flow: as a prior, a likelihood or a guide; any point can be scored.
+
+    Drawing and scoring the draw is one pass. In a guide, `gradient="path"` makes the log density of a draw a surrogate
+    with the same value and the path gradient (`flowppl.objectives.path_log_prob`): of lower variance near the
+    posterior, and unbiased in losses that are linear in log q, such as `Trace_ELBO`. In `RenyiELBO` it is biased.
+    NumPyro's masks drop what is drawn beside a value: under a mask "path" is "reparam".
+
+    Args:
+        flow: The flow, of dimension d.
+        variables: What `flow.init` returned, trained or not.
+        context: `(*batch, context_dim)` or None; its batch is the distribution's batch shape.
+        gradient: "reparam" or "path".
+
+    Raises:
+        ValueError: `gradient` is neither.
+        DimensionError: the context does not fit the flow.
+
+    Example:
+        >>> import jax
+        >>> from flowppl import flows
+        >>> from flowppl.numpyro import FlowDistribution
+        >>> flow = flows.nsf(layers=2)(dim=3)
+        >>> q = FlowDistribution(flow, flow.init(jax.random.key(0)))
+        >>> q.log_prob(q.sample(jax.random.key(1), (5,))).shape
+        (5,)
+    """
+
+    pytree_aux_fields = ("flow", "gradient")
+
+    def __init__(
+        self,
+        flow: Flow,
+        variables: dict[str, Any],
+        context: Array | None = None,
+        *,
+        gradient: str = "reparam",
+        validate_args: bool | None = None,
+    ) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        if (flow.context_dim > 0) != (context is not None) or (
+            context is not None and context.shape[-1] != flow.context_dim
+        ):
+            expected = (
+                f"shape (*batch, {flow.context_dim})" if flow.context_dim else "none, since the flow takes no context"
+            )
+            got = "none" if context is None else f"shape {tuple(context.shape)}"
+            raise DimensionError(f"context: expected {expected}, got {got}")
+        self.flow = flow
+        self.gradient = gradient
+        super().__init__(
+            base_distribution(flow, variables, () if context is None else context.shape[:-1]),
+            FlowTransform(flow.bijection, variables, context),
+            validate_args=validate_args,
+        )
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The flow's arrays."""
+        return self.transforms[0].variables
+
+    @property
+    def context(self) -> Array | None:
+        """What the flow is conditioned on."""
+        return self.transforms[0].context
+
+    def sample_with_intermediates(self, key: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, list[Any]]:
+        """Draws `(*sample_shape, *batch_shape, d)`; the intermediates are log density and scores of the same pass."""
+        path = self.gradient == "path"
+        draw = self.flow.sample(key, self.variables, sample_shape, self.context, with_log_prob=True, with_score=path)
+        return draw.x, [draw[1:] if path else draw[1:2]]
+
+    @validate_sample
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        """Log density of any value `(*batch, d)`, `(*batch,)`; given a draw's intermediates, without another pass."""
+        if not intermediates:
+            return self.flow.log_prob(self.variables, value, self.context)
+        if self.gradient == "path":
+            return path_log_prob(Sample(value, *intermediates[0]), value, self.context)
+        return intermediates[0][0]
+
+
+class _BaseDistribution(Distribution):
+    """A flow's base density; NeuTra samples it."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = True
+    pytree_aux_fields = ("base", "dtype")
+
+    def __init__(self, base: Base, dim: int, batch_shape: tuple[int, ...], dtype: str) -> None:
+        self.base = base
+        self.dtype = dtype
+        super().__init__(batch_shape, (dim,))
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        return self.base.sample(key, (*sample_shape, *self.batch_shape, *self.event_shape), jnp.zeros((), self.dtype))
+
+    rsample = sample
+
+    @validate_sample
+    def log_prob(self, value: Array) -> Array:
+        return self.base.log_prob(value)
+
+
+def base_distribution(flow: Flow, variables: dict[str, Any], batch_shape: tuple[int, ...] = ()) -> Distribution:
+    """The base density of a flow as a distribution, in the dtype of its arrays."""
+    leaves = tree.leaves(variables["params"])
+    dtype = str(leaves[0].dtype) if leaves else str(jnp.zeros(()).dtype)
+    return _BaseDistribution(flow.base, flow.dim, tuple(batch_shape), dtype)

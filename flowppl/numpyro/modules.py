@@ -1,0 +1,77 @@
+"""Learnable flows inside models and guides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+
+from flowppl import flows, tree
+from flowppl.flows import Flow, Recipe
+from flowppl.numpyro.distributions import FlowDistribution
+
+Array = Any
+
+
+def flow_module(
+    name: str,
+    flow: str | Recipe | Flow,
+    context: Array | None = None,
+    *,
+    dim: int | None = None,
+    gradient: str = "reparam",
+) -> FlowDistribution:
+    """Registers a learnable flow in a model or guide and returns its distribution.
+
+    Args:
+        name: Its parameters are the param site "{name}$params"; constant arrays, if it has any, are "{name}$const".
+        flow: A name or recipe (give `dim`), or a flow.
+        context: `(*batch, context_dim)`, attached to whatever it was computed from, or None.
+        dim: Length of the flow's vectors, where `flow` does not say.
+        gradient: "reparam" or "path", see `FlowDistribution`.
+
+    Raises:
+        TypeError: `flow` is a name or recipe and `dim` is missing.
+
+    Example:
+        >>> import numpyro
+        >>> from numpyro.handlers import seed
+        >>> from flowppl.numpyro import flow_module
+        >>> def guide():
+        ...     return numpyro.sample("z", flow_module("q", "realnvp", dim=2))
+        >>> seed(guide, rng_seed=0)().shape
+        (2,)
+    """
+    flow = resolve(flow, dim, context)
+    return FlowDistribution(flow, register(name, flow), context, gradient=gradient)
+
+
+def resolve(flow: str | Recipe | Flow, dim: int | None, context: Array | None) -> Flow:
+    """A flow from a name, recipe or flow."""
+    if isinstance(flow, Flow):
+        dim = flow.dim if dim is None else dim
+        return flows.get(flow)(dim, flow.context_dim if context is None else context.shape[-1])
+    if dim is None:
+        raise TypeError(f"dim: expected the length of the flow's vectors beside flow={flow!r}, got None")
+    return flows.get(flow)(dim, 0 if context is None else context.shape[-1])
+
+
+def register(name: str, flow: Flow, init: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Param sites for a flow's arrays, drawn by `init(key)` (default: the flow's own).
+
+    NumPyro's optimizers differentiate every param, which integers do not survive: constants travel as floats. They get
+    no gradient, but an optimizer that decays weights would decay them too: mask "{name}$const" there.
+    """
+    init = flow.init if init is None else init
+    params = numpyro.param(f"{name}$params", lambda key: init(key)["params"])
+    shapes = jax.eval_shape(flow.init, jax.random.key(0))["const"]
+    if not tree.leaves(shapes):
+        return {"params": params, "const": shapes}
+    as_floats = numpyro.param(f"{name}$const", lambda key: tree.map(lambda a: a * 1.0, init(key)["const"]))
+    const = tree.map(
+        lambda a, s: a if jnp.issubdtype(s.dtype, jnp.floating) else jnp.round(a).astype(s.dtype), as_floats, shapes
+    )
+    return {"params": params, "const": jax.lax.stop_gradient(const)}
