@@ -1,0 +1,27 @@
+"""The Pyro front: flows as guides, distributions, transforms and modules of Pyro models."""
+
+from flowppl.errors import MissingExtraError
+
+try:
+    import pyro  # noqa: F401
+    import torch  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("pyro-ppl", "pyro") from error
+
+from flowppl.pyro.density import LogDensity
+from flowppl.pyro.distributions import FlowDistribution, FlowTransform
+from flowppl.pyro.export import to_arviz
+from flowppl.pyro.files import load_flow, save_flow
+from flowppl.pyro.guides import AutoFlow
+from flowppl.pyro.modules import flow_module
+
+__all__ = [
+    "AutoFlow",
+    "FlowDistribution",
+    "FlowTransform",
+    "LogDensity",
+    "flow_module",
+    "load_flow",
+    "save_flow",
+    "to_arviz",
+]

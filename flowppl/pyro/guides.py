@@ -1,0 +1,250 @@
+"""AutoFlow: a guide over all continuous latents of a model, with any flow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer.autoguide import init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+
+from flowppl import flows, tree
+from flowppl.errors import DimensionError, FlowFileError
+from flowppl.flows import Flow, Recipe, files
+from flowppl.flows.affine_end import place, with_affine_end
+from flowppl.laplace import laplace
+from flowppl.pyro.bases import FlowBase
+from flowppl.pyro.density import LogDensity
+from flowppl.pyro.distributions import GRADIENTS, FlowDistribution, FlowTransform
+from flowppl.pyro.flat_guide import FlatGuide
+from flowppl.pyro.modules import FlowParameters, template
+
+_QUANTILE_DRAWS = 10_000
+
+
+class AutoFlow(FlatGuide):
+    """A guide whose posterior over the flat unconstrained latents is a flow.
+
+    The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
+    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. It works wherever Pyro's
+    own continuous guides do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`. Discrete sites that
+    `config_enumerate` marks are left to TraceEnum_ELBO.
+
+    Args:
+        model: The model.
+        flow: A registered name, a recipe such as `flows.nsf(layers=4)`, or a `Flow` of the latents' dimension.
+        gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`.
+        init_loc_fn: How each site starts.
+        init_scale: Scale of the start, in unconstrained space.
+
+    Raises:
+        UnknownFlowError: no recipe has this name.
+        ValueError: `gradient` is unknown or `init_scale` not positive.
+        UnsupportedModelError: at the first call, or at `setup`: the model has a latent that a flow cannot cover.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from flowppl.pyro import AutoFlow
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(3.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale))
+        >>> guide = AutoFlow(model, flow="realnvp", gradient="path")
+        >>> svi = SVI(
+        ...     model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(num_particles=16, vectorize_particles=True)
+        ... )
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> guide.sample_posterior(sample_shape=(100,))["scale"].shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: str | Recipe | Flow = "nsf",
+        *,
+        gradient: str = "reparam",
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient is {gradient!r}: expected one of {', '.join(map(repr, GRADIENTS))}")
+        if not init_scale > 0:
+            raise ValueError(f"init_scale must be positive, got {init_scale}")
+        flows.get(flow)  # an unknown name is an error here, not at the first step
+        super().__init__(model, init_loc_fn)
+        self._choice, self._gradient, self._init_scale = flow, gradient, init_scale
+
+    def _create_parameters(self) -> None:
+        loc = self._layout.start
+        self._flow = with_affine_end(flows.get(self._choice)(len(loc)))
+        scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+        self.flow_parameters = FlowParameters(place(self._flow, self._flow.init(None, loc), loc, scale_tril))
+
+    def _variables(self) -> dict[str, Any]:
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                "the guide has not seen its model yet: call guide.setup(...) with the model's arguments first"
+            )
+        holder = self.flow_parameters
+        if self._pyro_context.active and not pyro.settings.get("module_local_params"):
+            # What a user loaded into the param store wins, as for Pyro's own guides.
+            pyro.module(self._pyro_get_fullname("flow_parameters"), holder, update_module_params=True)
+        return holder.variables
+
+    @torch.no_grad()
+    def _assign(self, variables: dict[str, Any]) -> None:
+        """Overwrites the arrays in place: optimizers and the param store hold on to them."""
+        for old, new in zip(tree.leaves(self._variables()), tree.leaves(variables), strict=True):
+            old.copy_(new)
+
+    def get_base_dist(self) -> FlowBase:
+        """The flow's base density over the flat latents."""
+        like = tree.leaves(self._variables()["params"])[0]
+        return FlowBase(self._flow.base, self.latent_dim, like)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """The flow's bijection with its present parameters.
+
+        Pyro's `NeuTraReparam` adds its log-determinant once for each element of the first latent site's plates, which
+        is right only if that site is in no plate.
+        """
+        variables = self._variables()
+        return FlowTransform(self._flow.bijection, variables)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The flow with its present parameters, over the flat unconstrained latents."""
+        variables = self._variables()
+        return FlowDistribution(self._flow, variables, gradient=self._gradient)
+
+    def precondition(self, rng: torch.Generator | None, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Puts a Laplace approximation of the posterior into the affine layer at the data end, in place.
+
+        Args:
+            rng: A `torch.Generator` for what the model draws besides its latents (None: torch's global one).
+            args: The model's arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The guide.
+
+        Raises:
+            NonFiniteError: the model's log density or gradient at the start is not finite.
+        """
+        self.setup(*args, **kwargs)
+        start = self._layout.start
+        model, init_loc_fn = self._require_source()
+        density = LogDensity(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
+
+        def in_float64(function: Callable) -> Callable:
+            return lambda u: tree.map(
+                lambda a: a.detach().double().cpu().numpy(), function(torch.as_tensor(u).to(start))
+            )
+
+        hessian = lambda u: torch.autograd.functional.hessian(lambda x: density.log_prob(x[None])[0], u)
+        found = laplace(in_float64(density.value_and_score), in_float64(hessian), start.double().cpu().numpy())
+        loc, scale_tril = (torch.as_tensor(a).to(start) for a in found)
+        self._assign(place(self._flow, self._variables(), loc, scale_tril))
+        return self
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, rng: torch.Generator | None = None, sample_shape: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
+        """Draws of every site `(*sample_shape, *shape)`.
+
+        Args:
+            rng: A `torch.Generator` (None: torch's global one).
+            sample_shape: Shape of the draws.
+        """
+        return self._constrain(self._draw(rng, tuple(sample_shape)))
+
+    def _draw(self, rng: torch.Generator | None, shape: tuple[int, ...]) -> Tensor:
+        variables = self._variables()
+        return self._flow.sample(rng, variables, shape).x
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each unconstrained coordinate, from draws, constrained: values by site."""
+        return self.quantiles(0.5, *args, **kwargs)
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each unconstrained coordinate, from draws, constrained: `(num_quantiles, *shape)` by site.
+
+        Args:
+            quantiles: Levels between 0 and 1; a single one adds no axis.
+            args: The model's arguments, for a guide that is not set up yet.
+            kwargs: Its keyword arguments.
+        """
+        draws = self.setup(*args, **kwargs)._draw(torch.Generator().manual_seed(0), (_QUANTILE_DRAWS,))
+        levels = np.quantile(draws.cpu().numpy(), np.asarray(quantiles, np.float64), axis=0)
+        return self._constrain(torch.as_tensor(levels).to(draws))
+
+    def log_prob(self, values: dict[str, Tensor]) -> Tensor:
+        """Log density of the guide at constrained values, with the Jacobian of the constraints.
+
+        Args:
+            values: Tensors `(*batch, *shape)` of every latent site.
+
+        Returns:
+            `(*batch,)`.
+
+        Raises:
+            DimensionError: a site is missing or has another shape.
+        """
+        variables, free, log_det = self._variables(), {}, 0.0
+        for name in self._layout.names:
+            site = self.prototype_trace.nodes[name]
+            shape, value = tuple(site["value"].shape), values.get(name)
+            if value is None or tuple(value.shape[value.dim() - len(shape) :]) != shape:
+                got = "none" if value is None else f"shape {tuple(value.shape)}"
+                raise DimensionError(
+                    f"values[{name!r}]: expected shape (*batch, {', '.join(map(str, shape))}), got {got}"
+                )
+            bijection = biject_to(site["fn"].support)
+            free[name] = bijection.inv(value)
+            term = bijection.log_abs_det_jacobian(free[name], value)
+            log_det = log_det + term.reshape((*value.shape[: value.dim() - len(shape)], -1)).sum(-1)
+        return self._flow.log_prob(variables, self._layout.pack(free)) - log_det
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the trained flow and the sites it covers; the file loads in both fronts."""
+        variables = self._variables()
+        files.write(path, self._flow, variables, {"sites": self._site_sizes})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Callable, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Loads a guide for a model, which is needed again because supports may depend on data.
+
+        Args:
+            path: The file.
+            model: The model.
+            args: The model's arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The guide, ready to sample.
+
+        Raises:
+            FlowFileError: the file is not whole, or does not fit the model's sites.
+        """
+        flow, arrays, extra = files.read(path)
+        files.restore(arrays, lambda: template(flow), torch.empty(0))  # a hostile description ends here
+        guide = cls(model, flow)
+        try:
+            guide.setup(*args, **kwargs)
+        except DimensionError as error:
+            raise FlowFileError(f"{path} does not fit the model: {error}") from error
+        if extra.get("sites") != guide._site_sizes:
+            raise FlowFileError(
+                f"{path} does not fit the model: it covers the sites {extra.get('sites')}, the model has "
+                f"{guide._site_sizes}"
+            )
+        variables = guide._variables()
+        guide._assign(files.restore(arrays, variables, guide._layout.start))
+        return guide
