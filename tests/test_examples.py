@@ -1,0 +1,42 @@
+"""The examples run, at a small size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def _run(folder: Path, *arguments: object) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, timeout=280, cwd=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ppl", ["numpyro", "pyro"])
+def test_demo(ppl: str, tmp_path: Path) -> None:
+    for package in (ppl, "arviz", "matplotlib"):
+        pytest.importorskip(package)
+    _run(tmp_path, EXAMPLES / "demo.py", "--quick", "--ppl", ppl)
+    output = tmp_path / "demo-output"
+    rows = json.loads((output / "table.json").read_text())
+    assert {(row["model"], row["guide"]) for row in rows} == {
+        (model, guide)
+        for model in ("eight_schools", "sparse_logistic")
+        for guide in ("AutoNormal", "AutoIAFNormal", "AutoFlow", "AutoFlow path")
+    }
+    for model in ("eight_schools", "sparse_logistic"):
+        for picture in (f"elbo-{model}.png", f"corner-{model}-{ppl}.png"):
+            assert (output / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_path_gradients(framework: str, tmp_path: Path) -> None:
+    for package in (framework, "matplotlib"):
+        pytest.importorskip(package)
+    _run(tmp_path, EXAMPLES / "path_gradients.py", "--framework", framework, "--steps", 2, "--output", tmp_path)
+    assert (tmp_path / "path_gradients.png").stat().st_size > 10_000

@@ -1,0 +1,85 @@
+"""Who reads one front's page can write the other front's script: same names, same signatures but for what the PPLs dictate."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# NumPyro keeps parameters outside of guides and names a guide's sites by a prefix; a Pyro guide holds its parameters and its name.
+_OF_THE_PPL = {"params", "prefix", "rng_key", "validate_args"}
+
+
+def _fronts():
+    pytest.importorskip("numpyro")
+    pytest.importorskip("pyro")
+    import flowppl.numpyro
+    import flowppl.pyro
+
+    return flowppl.numpyro, flowppl.pyro
+
+
+def _parameters(function) -> dict[str, object]:
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.kind for p in found if p.name not in _OF_THE_PPL | {"self"} and p.kind is not p.VAR_KEYWORD}
+
+
+def test_public_names_agree() -> None:
+    numpyro_front, pyro_front = _fronts()
+    assert numpyro_front.__all__ == pyro_front.__all__
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AutoFlow",
+        "FlowDistribution",
+        "FlowTransform",
+        "LogDensity",
+        "flow_module",
+        "load_flow",
+        "save_flow",
+        "to_arviz",
+    ],
+)
+def test_signatures_agree(name: str) -> None:
+    ours, theirs = (_parameters(getattr(front, name)) for front in _fronts())
+    assert set(ours) - {"params"} == set(theirs) - {"params"}
+
+
+@pytest.mark.parametrize("name", ["precondition", "log_prob", "save", "load", "quantiles", "median"])
+def test_guide_methods_agree(name: str) -> None:
+    ours, theirs = (set(_parameters(getattr(front.AutoFlow, name))) for front in _fronts())
+    assert ours - {"args"} == theirs - {"args"}
+
+
+@pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])
+def test_density_methods_agree(name: str) -> None:
+    ours, theirs = (set(_parameters(getattr(front.LogDensity, name))) for front in _fronts())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("front", "needs", "extra"), [("numpyro", "jax", "numpyro"), ("pyro", "torch", "pyro")])
+def test_a_missing_ppl_is_named(front: str, needs: str, extra: str) -> None:
+    code = f"""
+    import sys
+    sys.modules[{needs!r}] = None  # as if it were not installed
+    from flowppl.errors import MissingExtraError
+    try:
+        import flowppl.{front}
+    except MissingExtraError as error:
+        assert "pip install 'flowppl[{extra}]'" in str(error), error
+    else:
+        raise SystemExit("imported")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("front", "other"), [("numpyro", "torch"), ("pyro", "jax")])
+def test_one_front_never_imports_the_other_framework(front: str, other: str) -> None:
+    pytest.importorskip(front)
+    code = f"import sys, flowppl.{front}; assert {other!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
