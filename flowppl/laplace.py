@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -12,6 +13,7 @@ from flowppl.errors import NonFiniteError
 Array = np.ndarray
 _SAMPLES = 64  # draws that compare the candidates by their ELBO
 _MAX_CANDIDATES = 8
+_MAX_NEWTON_STEPS = 20
 
 
 def laplace(
@@ -24,6 +26,7 @@ def laplace(
     L-BFGS climbs from `start`. The mode is not always where a normal fits best: it may lie at infinity (the neck of a funnel).
     So points along the climb are candidates too; at each, the negative Hessian with its spectrum made positive gives a covariance,
     and the candidate with the highest ELBO, estimated from common draws, wins. Zhang et al. 2022, "Pathfinder", choose likewise.
+    From there Newton's method goes on while the ELBO rises: where coordinates differ in scale by many orders, L-BFGS stops short.
 
     Args:
         value_and_score: Maps points `(n, d)` to log densities `(n,)` and gradients `(n, d)`, in float64.
@@ -44,18 +47,39 @@ def laplace(
             f"{int((~np.isfinite(score)).sum())} non-finite entries of {score.size}: choose another init_loc_fn "
             "(init_to_value, init_to_median) or check the model for parameters outside their support"
         )
-    candidates = _climb(value_and_score, start)
     noise = np.random.default_rng(0).standard_normal((_SAMPLES, start.size))
-    best, best_elbo = None, -np.inf
-    for loc in candidates:
+
+    def fit(loc: Array) -> _Fit:
         scale_tril = _scale_tril(hessian(loc))
         if scale_tril is None:
-            continue
+            return _Fit(-np.inf, loc, 0.1 * np.eye(loc.size))
         values, _ = value_and_score(loc + noise @ scale_tril.T)
-        elbo = np.mean(values) + np.log(np.diagonal(scale_tril)).sum()
-        if best is None or elbo > best_elbo:
-            best, best_elbo = (loc, scale_tril), elbo
-    return best if best is not None else (start, 0.1 * np.eye(start.size))
+        return _Fit(np.mean(values) + np.log(np.diagonal(scale_tril)).sum(), loc, scale_tril)
+
+    best = max(map(fit, _climb(value_and_score, start)), key=lambda found: found.elbo)
+    for _ in range(_MAX_NEWTON_STEPS):
+        found = fit(_newton_step(value_and_score, best))
+        if not found.elbo > best.elbo:
+            break
+        best = found
+    return best.loc, best.scale_tril
+
+
+class _Fit(NamedTuple):
+    """A normal approximation and its ELBO up to a constant; -inf where there is none."""
+
+    elbo: float
+    loc: Array
+    scale_tril: Array
+
+
+def _newton_step(value_and_score: Callable, fit: _Fit) -> Array:
+    """The end of a Newton step, halved until the log density rises; the same point if it does not."""
+    value, score = value_and_score(fit.loc[None])
+    step = fit.scale_tril @ (fit.scale_tril.T @ score[0])
+    ends = fit.loc + step * 0.5 ** np.arange(10)[:, None]
+    better = np.flatnonzero(value_and_score(ends)[0] > value[0])
+    return ends[better[0]] if better.size else fit.loc
 
 
 def _climb(value_and_score: Callable, start: Array) -> list[Array]:

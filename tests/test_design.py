@@ -12,11 +12,12 @@ import pytest
 from flowppl import flows
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections import Bijection
+from flowppl.flows import recipes
 
 
 @dataclass(frozen=True)
 class Shear(Bijection):
-    """y_i = exp(s_i) x_i + t tanh(x_{i-1}), the one before it being the last for the first: not triangular, on purpose simple."""
+    """y_1 = exp(s_1) x_1, and y_i = exp(s_i) x_i + t tanh(x_1): on purpose simple."""
 
     dim: int
     context_dim: int = 0
@@ -40,9 +41,11 @@ class Shear(Bijection):
         return xp.concat([first, rest], axis=-1), -xp.sum(params["scale"]) + xp.zeros_like(y[..., 0])
 
 
-@flows.register("shear")
-def shear(dim: int, context_dim: int) -> Bijection:
-    return Shear(dim)
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """The registry line; taken back after each test, since others run over all that is registered."""
+    monkeypatch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
+    flows.register("shear")(lambda dim, context_dim: Shear(dim))
 
 
 OBSERVED = np.array([1.0, 2.0, 1.5])
