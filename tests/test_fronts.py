@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,12 @@ def _parameters(function) -> dict[str, object]:
 def test_public_names_agree() -> None:
     numpyro_front, pyro_front = _fronts()
     assert numpyro_front.__all__ == pyro_front.__all__
+
+
+def test_files_agree() -> None:
+    """Only torch's transforms need a memory of the last call: NumPyro hands on what was drawn beside a value."""
+    ours, theirs = ({path.name for path in Path(front.__file__).parent.glob("*.py")} for front in _fronts())
+    assert ours | {"memo.py"} == theirs
 
 
 @pytest.mark.parametrize(

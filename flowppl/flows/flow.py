@@ -54,6 +54,22 @@ class Flow(Configured):
         """Length of the context, 0 for none."""
         return self.bijection.context_dim
 
+    def check_context(self, context: Array | None) -> None:
+        """Checks that there is a context `(*batch, context_dim)` where the flow takes one, and none where it does not.
+
+        Raises:
+            DimensionError: it is not so.
+        """
+        expected = f"shape (*batch, {self.context_dim})" if self.context_dim else "none, since the flow takes none"
+        fits = (
+            context is None
+            if not self.context_dim
+            else context is not None and context.shape[-1:] == (self.context_dim,)
+        )
+        if not fits:
+            got = "none" if context is None else f"shape {tuple(context.shape)}"
+            raise DimensionError(f"context: expected {expected}, got {got}")
+
     def init(self, rng: Any, like: Array | None = None) -> dict[str, Any]:
         """Draws `{"params": ..., "const": ...}`.
 
@@ -85,7 +101,7 @@ class Flow(Configured):
             with_score: Also return the scores (and log q).
         """
         batch = shape if context is None or not self.context_dim else (*shape, *context.shape[:-1])
-        z = self.base.sample(rng, (*batch, self.dim), _like(variables))
+        z = self.base.sample(rng, (*batch, self.dim), exemplar(variables))
         return self.push(variables, z, context, with_log_prob=with_log_prob, with_score=with_score)
 
     def push(
@@ -121,6 +137,6 @@ class Flow(Configured):
         return self.base.log_prob(z) + log_det
 
 
-def _like(variables: dict[str, Any]) -> Array | None:
-    """A floating array whose dtype and device the draws get."""
+def exemplar(variables: dict[str, Any]) -> Array | None:
+    """An array whose dtype and device a flow's draws get."""
     return next(iter(tree.leaves(variables["params"])), None)

@@ -118,6 +118,22 @@ def get(flow: str | Recipe | Flow) -> Callable[..., Flow]:
     raise UnknownFlowError(f"no flow is called {flow!r}: {hint}registered flows are {', '.join(names())}")
 
 
+def resolve(flow: str | Recipe | Flow, dim: int | None = None, context: Any = None) -> Flow:
+    """Returns a flow from a name, a recipe or a flow; names and recipes need `dim` and look at the context's length.
+
+    Raises:
+        TypeError: `dim` is missing for a name or a recipe.
+        DimensionError: a ready flow has another dimension or context.
+        UnknownFlowError: no recipe has this name.
+    """
+    known_dim, known_context_dim = (flow.dim, flow.context_dim) if isinstance(flow, Flow) else (None, 0)
+    dim = known_dim if dim is None else dim
+    if dim is None:
+        raise TypeError(f"dim: expected the length of the flow's vectors beside flow={flow!r}, got None")
+    # A ready flow whose context is missing is an error of the distribution.
+    return get(flow)(dim, known_context_dim if context is None else context.shape[-1])
+
+
 @register("affine")
 def affine(dim: int, context_dim: int, *, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
     """An affine map of full rank: a multivariate normal, on a normal base.

@@ -13,7 +13,7 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.infer.util import initialize_model
 
 from flowppl.backend import get_backend
-from flowppl.numpyro.layout import Layout
+from flowppl.numpyro.sites import Layout
 
 Array = Any
 

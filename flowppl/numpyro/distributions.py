@@ -6,18 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import Distribution, TransformedDistribution, constraints
+from numpyro.distributions import TransformedDistribution, constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
-from flowppl import tree
 from flowppl.bijections import Bijection, bind
-from flowppl.errors import DimensionError
-from flowppl.flows import Base, Flow, Sample
-from flowppl.objectives import path_log_prob
+from flowppl.flows import Flow, Sample
+from flowppl.flows.flow import exemplar
+from flowppl.numpyro.bases import FlowBase
+from flowppl.objectives import check_gradient, path_log_prob
 
 Array = Any
-GRADIENTS = ("reparam", "path")
 
 
 class FlowTransform(Transform):
@@ -114,20 +113,12 @@ class FlowDistribution(TransformedDistribution):
         gradient: str = "reparam",
         validate_args: bool | None = None,
     ) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        if (flow.context_dim > 0) != (context is not None) or (
-            context is not None and context.shape[-1] != flow.context_dim
-        ):
-            expected = (
-                f"shape (*batch, {flow.context_dim})" if flow.context_dim else "none, since the flow takes no context"
-            )
-            got = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise DimensionError(f"context: expected {expected}, got {got}")
+        flow.check_context(context)
         self.flow = flow
-        self.gradient = gradient
+        self.gradient = check_gradient(gradient)
+        batch_shape = () if context is None else context.shape[:-1]
         super().__init__(
-            base_distribution(flow, variables, () if context is None else context.shape[:-1]),
+            FlowBase(flow.base, flow.dim, exemplar(variables), batch_shape),
             FlowTransform(flow.bijection, variables, context),
             validate_args=validate_args,
         )
@@ -156,33 +147,3 @@ class FlowDistribution(TransformedDistribution):
         if self.gradient == "path":
             return path_log_prob(Sample(value, *intermediates[0]), value, self.context)
         return intermediates[0][0]
-
-
-class _BaseDistribution(Distribution):
-    """A flow's base density; NeuTra samples it."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
-    has_rsample = True
-    pytree_aux_fields = ("base", "dtype")
-
-    def __init__(self, base: Base, dim: int, batch_shape: tuple[int, ...], dtype: str) -> None:
-        self.base = base
-        self.dtype = dtype
-        super().__init__(batch_shape, (dim,))
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        return self.base.sample(key, (*sample_shape, *self.batch_shape, *self.event_shape), jnp.zeros((), self.dtype))
-
-    rsample = sample
-
-    @validate_sample
-    def log_prob(self, value: Array) -> Array:
-        return self.base.log_prob(value)
-
-
-def base_distribution(flow: Flow, variables: dict[str, Any], batch_shape: tuple[int, ...] = ()) -> Distribution:
-    """The base density of a flow as a distribution, in the dtype of its arrays."""
-    leaves = tree.leaves(variables["params"])
-    dtype = str(leaves[0].dtype) if leaves else str(jnp.zeros(()).dtype)
-    return _BaseDistribution(flow.base, flow.dim, tuple(batch_shape), dtype)

@@ -42,6 +42,7 @@ def load_flow(path: str | os.PathLike[str]) -> tuple[Flow, dict[str, Any]]:
     return flow, restore(flow, arrays)
 
 
-def restore(flow: Flow, arrays: dict[str, Any]) -> dict[str, Any]:
-    """A file's arrays as the flow's variables."""
-    return files.restore(arrays, lambda: jax.eval_shape(flow.init, jax.random.key(0)), jnp.zeros(()))
+def restore(flow: Flow, arrays: dict[str, Any], like: Any = None) -> dict[str, Any]:
+    """A file's arrays as the flow's variables, in the dtype of `like` (None: jax's default)."""
+    like = jnp.zeros(()) if like is None else like
+    return files.restore(arrays, lambda: jax.eval_shape(flow.init, jax.random.key(0)), like)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpyro
 
-from flowppl import flows, tree
+from flowppl import tree
 from flowppl.flows import Flow, Recipe
+from flowppl.flows.recipes import resolve
 from flowppl.numpyro.distributions import FlowDistribution
 
 Array = Any
@@ -49,16 +50,6 @@ def flow_module(
     return FlowDistribution(flow, register(name, flow), context, gradient=gradient)
 
 
-def resolve(flow: str | Recipe | Flow, dim: int | None, context: Array | None) -> Flow:
-    """A flow from a name, recipe or flow."""
-    if isinstance(flow, Flow):
-        dim = flow.dim if dim is None else dim
-        return flows.get(flow)(dim, flow.context_dim if context is None else context.shape[-1])
-    if dim is None:
-        raise TypeError(f"dim: expected the length of the flow's vectors beside flow={flow!r}, got None")
-    return flows.get(flow)(dim, 0 if context is None else context.shape[-1])
-
-
 def register(name: str, flow: Flow, init: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
     """Param sites for a flow's arrays, drawn by `init(key)` (default: the flow's own).
 
@@ -66,12 +57,18 @@ def register(name: str, flow: Flow, init: Callable[[Array], dict[str, Any]] | No
     no gradient, but an optimizer that decays weights would decay them too: mask "{name}$const" there.
     """
     init = flow.init if init is None else init
-    params = numpyro.param(f"{name}$params", lambda key: init(key)["params"])
-    shapes = jax.eval_shape(flow.init, jax.random.key(0))["const"]
-    if not tree.leaves(shapes):
-        return {"params": params, "const": shapes}
-    as_floats = numpyro.param(f"{name}$const", lambda key: tree.map(lambda a: a * 1.0, init(key)["const"]))
+    shapes = jax.eval_shape(flow.init, jax.random.key(0))
+    site = lambda site: numpyro.param(site, lambda key: as_params(name, init(key))[site])
+    values = {kind: site(f"{name}${kind}") if tree.leaves(shapes[kind]) else shapes[kind] for kind in shapes}
     const = tree.map(
-        lambda a, s: a if jnp.issubdtype(s.dtype, jnp.floating) else jnp.round(a).astype(s.dtype), as_floats, shapes
+        lambda a, s: a if jnp.issubdtype(s.dtype, jnp.floating) else jnp.round(a).astype(s.dtype),
+        values["const"],
+        shapes["const"],
     )
-    return {"params": params, "const": jax.lax.stop_gradient(const)}
+    return {"params": values["params"], "const": jax.lax.stop_gradient(const)}
+
+
+def as_params(name: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """The values of the param sites that `register` makes, as `init_params` of `SVI` and as its results have them."""
+    as_floats = {"params": variables["params"], "const": tree.map(lambda a: a * 1.0, variables["const"])}
+    return {f"{name}${kind}": arrays for kind, arrays in as_floats.items() if tree.leaves(arrays)}

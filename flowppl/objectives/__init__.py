@@ -1,5 +1,5 @@
 """Gradient estimators of variational objectives."""
 
-from flowppl.objectives.path import path_log_prob
+from flowppl.objectives.path import GRADIENTS, check_gradient, path_log_prob
 
-__all__ = ["path_log_prob"]
+__all__ = ["GRADIENTS", "check_gradient", "path_log_prob"]

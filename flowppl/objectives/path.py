@@ -8,6 +8,18 @@ from flowppl.backend import backend_of
 from flowppl.flows import Sample
 
 Array = Any
+GRADIENTS = ("reparam", "path")
+
+
+def check_gradient(gradient: str) -> str:
+    """Returns the name of an estimator if there is one of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    return gradient
 
 
 def path_log_prob(sample: Sample, x: Array | None = None, context: Array | None = None) -> Array:

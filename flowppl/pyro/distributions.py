@@ -15,11 +15,10 @@ from flowppl import tree
 from flowppl.bijections import Bijection, bind
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow
-from flowppl.objectives import path_log_prob
+from flowppl.flows.flow import exemplar
+from flowppl.objectives import check_gradient, path_log_prob
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.memo import Memo
-
-GRADIENTS = ("reparam", "path")
 
 
 class FlowTransform(Transform):
@@ -157,12 +156,10 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
     def __init__(
         self, flow: Flow, variables: dict[str, Any], context: Tensor | None = None, *, gradient: str = "reparam"
     ) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient is {gradient!r}: expected one of {', '.join(map(repr, GRADIENTS))}")
-        _check_context(flow, context)
-        self.flow, self.variables, self.context, self.gradient = flow, variables, context, gradient
+        flow.check_context(context)
+        self.flow, self.variables, self.context, self.gradient = flow, variables, context, check_gradient(gradient)
         self._memo = Memo()
-        base = FlowBase(flow.base, flow.dim, next(iter(tree.leaves(variables["params"])), None))
+        base = FlowBase(flow.base, flow.dim, exemplar(variables))
         super().__init__(base, [FlowTransform(flow.bijection, variables, context)])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
@@ -218,12 +215,3 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
 
 def _inputs(variables: dict[str, Any], context: Tensor | None) -> list[Tensor]:
     return tree.leaves(variables) if context is None else [*tree.leaves(variables), context]
-
-
-def _check_context(flow: Flow, context: Tensor | None) -> None:
-    expected = f"(*batch, {flow.context_dim})" if flow.context_dim else "none, since the flow has no context"
-    if (flow.context_dim > 0) != (context is not None) or (
-        context is not None and tuple(context.shape[-1:]) != (flow.context_dim,)
-    ):
-        got = "none" if context is None else f"shape {tuple(context.shape)}"
-        raise DimensionError(f"context: expected {expected}; got {got}")

@@ -59,8 +59,8 @@ class FlatGuide(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         return self
 
-    def _create_parameters(self) -> None:
-        """Creates the parameters, once the layout is known."""
+    def _setup_flow(self) -> None:
+        """Makes the flow and its parameters, once the layout is known."""
         raise NotImplementedError
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ class FlatGuide(AutoContinuous):
                 super()._setup_prototype(*args, **kwargs)
                 self._layout = Layout(dict(self.prototype_trace.iter_stochastic_nodes()))
                 self._check_sites(*args, **kwargs)
-                self._create_parameters()
+                self._setup_flow()
         except Exception:
             self.prototype_trace = None  # the next call starts anew
             raise

@@ -17,10 +17,12 @@ from flowppl import flows, tree
 from flowppl.errors import DimensionError, FlowFileError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import place, with_affine_end
+from flowppl.flows.flow import exemplar
 from flowppl.laplace import laplace
+from flowppl.objectives import check_gradient
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.density import LogDensity
-from flowppl.pyro.distributions import GRADIENTS, FlowDistribution, FlowTransform
+from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
 
@@ -72,15 +74,13 @@ class AutoFlow(FlatGuide):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient is {gradient!r}: expected one of {', '.join(map(repr, GRADIENTS))}")
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         flows.get(flow)  # an unknown name is an error here, not at the first step
         super().__init__(model, init_loc_fn)
-        self._choice, self._gradient, self._init_scale = flow, gradient, init_scale
+        self._choice, self._gradient, self._init_scale = flow, check_gradient(gradient), init_scale
 
-    def _create_parameters(self) -> None:
+    def _setup_flow(self) -> None:
         loc = self._layout.start
         self._flow = with_affine_end(flows.get(self._choice)(len(loc)))
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
@@ -105,8 +105,8 @@ class AutoFlow(FlatGuide):
 
     def get_base_dist(self) -> FlowBase:
         """The flow's base density over the flat latents."""
-        like = tree.leaves(self._variables()["params"])[0]
-        return FlowBase(self._flow.base, self.latent_dim, like)
+        variables = self._variables()
+        return FlowBase(self._flow.base, self.latent_dim, exemplar(variables))
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The flow's bijection with its present parameters.

@@ -10,9 +10,10 @@ import torch
 from pyro.params import param_with_module_name
 from torch import Tensor, nn
 
-from flowppl import flows, tree
+from flowppl import tree
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
+from flowppl.flows.recipes import resolve
 from flowppl.pyro.distributions import FlowDistribution
 
 _SEPARATOR = "/"  # torch allows no dots in the names of parameters
@@ -82,14 +83,7 @@ def flow_module(
         >>> guide().shape
         torch.Size([2])
     """
-    if dim is None:
-        if not isinstance(flow, Flow):
-            raise TypeError(
-                f"flow_module({name!r}, ...): pass dim=, the length of the vectors, or a Flow, which knows its own"
-            )
-        dim = flow.dim
-    none = flow.context_dim if isinstance(flow, Flow) else 0  # a context that is missing is an error below
-    built = flows.get(flow)(dim, none if context is None else context.shape[-1])
+    built = resolve(flow, dim, context)
     shapes = template(built)
     # Drawn at most once, and only if the store lacks a leaf: a later call leaves the random numbers alone.
     initial = functools.cache(lambda: _named(built.init(None, torch.empty(0) if context is None else context)))

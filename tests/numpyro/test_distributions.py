@@ -143,7 +143,7 @@ def test_gradients_reach_the_context(conditional):
 
 
 def test_a_flow_without_context_refuses_one(flow, variables):
-    with pytest.raises(DimensionError, match="takes no context"):
+    with pytest.raises(DimensionError, match="expected none, since the flow takes none, got shape"):
         FlowDistribution(flow, variables, jnp.ones((5, 2)))
 
 

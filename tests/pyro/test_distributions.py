@@ -297,12 +297,12 @@ def test_no_score_is_computed_without_gradients():
 
 def test_errors_say_what_to_do():
     flow, variables = make(SMALL, 2)
-    with pytest.raises(ValueError, match="'stl': expected one of 'reparam', 'path'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'stl'"):
         FlowDistribution(flow, variables, gradient="stl")
-    with pytest.raises(DimensionError, match="expected none, since the flow has no context; got shape"):
+    with pytest.raises(DimensionError, match="expected none, since the flow takes none, got shape"):
         FlowDistribution(flow, variables, torch.zeros(4, 2))
     conditional, conditional_variables = make(SMALL, 2, 3)
-    with pytest.raises(DimensionError, match=r"expected \(\*batch, 3\); got none"):
+    with pytest.raises(DimensionError, match=r"expected shape \(\*batch, 3\), got none"):
         FlowDistribution(conditional, conditional_variables)
     with pyro.validation_enabled(False), pytest.raises(DimensionError, match=r"shape \(\*batch, 2\), got \(4, 3\)"):
         FlowDistribution(flow, variables).log_prob(torch.zeros(4, 3))

@@ -404,7 +404,7 @@ def test_precondition_lowers_the_loss():
 
 
 def test_choices_are_checked_at_once():
-    with pytest.raises(ValueError, match="'stl': expected one of 'reparam', 'path'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'stl'"):
         AutoFlow(schools, gradient="stl")
     with pytest.raises(ValueError, match="init_scale must be positive, got 0"):
         AutoFlow(schools, init_scale=0.0)

@@ -92,7 +92,7 @@ def test_module_local_params():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(TypeError, match="pass dim="):
+    with pytest.raises(TypeError, match="dim: expected the length"):
         flow_module("q", "nsf")
     with pytest.raises(UnknownFlowError, match="did you mean 'nsf'"):
         flow_module("q", "nfs", dim=2)
