@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workload import BATCH, BINS, BOUND, DIM, HIDDEN, KEPT, LAYERS, OUTPUTS, Step, points
+from benchmarks.workload import BATCH, BINS, BOUND, DIM, HIDDEN, KEPT, LAYERS, OUTPUTS, Step, points, spline_couplings
 
 Loss = Callable[..., jax.Array]
 
@@ -29,12 +29,9 @@ def _ready(f: Callable, params: Any, *args: Any) -> Step:
 
 
 def flowppl(task: str, layers: int = LAYERS) -> Step:
-    from flowppl import flows
     from flowppl.objectives import path_log_prob
 
-    flow = flows.nsf(
-        layers=layers, hidden=HIDDEN, bins=BINS, bound=BOUND, activation="relu", linear=False, affine=False
-    )(DIM)
+    flow = spline_couplings(layers)
     variables = flow.init(jax.random.key(0))
     params = _shaken(variables["params"])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workload import BATCH, BINS, BOUND, DIM, HIDDEN, KEPT, LAYERS, OUTPUTS, Step, points
+from benchmarks.workload import BATCH, BINS, BOUND, DIM, HIDDEN, KEPT, LAYERS, OUTPUTS, Step, points, spline_couplings
 
 
 def _energy(x: Tensor) -> Tensor:
@@ -30,12 +30,10 @@ def _step(loss: Callable[[], Tensor], params: Sequence[Tensor], task: str) -> St
 
 
 def flowppl(task: str, layers: int = LAYERS) -> Step:
-    from flowppl import flows, tree
+    from flowppl import tree
     from flowppl.objectives import path_log_prob
 
-    flow = flows.nsf(
-        layers=layers, hidden=HIDDEN, bins=BINS, bound=BOUND, activation="relu", linear=False, affine=False
-    )(DIM)
+    flow = spline_couplings(layers)
     variables = flow.init(torch.Generator().manual_seed(0))
     params = tree.map(_shaken, variables["params"])
     variables = {**variables, "params": params}

@@ -10,9 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowppl.bijections import Chain, Coupling, Rotation, RQSpline, Stack
+from flowppl.flows import Flow
+
 DIM, LAYERS, HIDDEN, BINS, BOUND, BATCH = 16, 8, (64, 64), 8, 5.0, 1024
 KEPT = DIM // 2
 OUTPUTS = (DIM - KEPT) * (3 * BINS - 1)  # of one conditioner
+
+
+def spline_couplings(layers: int) -> Flow:
+    """The flow that all libraries have: couplings that take turns, and nothing else.
+
+    What flowppl's recipe "nsf" adds by default (linear mixing, an affine map behind each spline and one at the end) is left out.
+    """
+    coupling = Coupling(DIM, RQSpline(BINS, BOUND), hidden=HIDDEN, activation="relu")
+    return Flow(Stack(Chain((coupling, Rotation(DIM, KEPT))), layers))
 
 
 class Step(NamedTuple):

@@ -11,10 +11,11 @@ import jax.numpy as xp
 import numpy as np
 from jax import Array, lax
 
+from flowppl.backend._jax_spline import rq_spline
 from flowppl.backend._numpy import call_external
 from flowppl.backend.protocol import Rng, Tree
 
-__all__ = ["name", "xp"]
+__all__ = ["name", "rq_spline", "xp"]
 
 name = "jax"
 
@@ -79,19 +80,48 @@ def log_i0(x: Array) -> Array:
 
 def solve_triangular(a: Array, b: Array, *, lower: bool, transpose: bool = False, unit: bool = False) -> Array:
     """Solves a x = b, or a^T x = b, for a (..., d, d) and b (..., d, k); batch dimensions broadcast."""
-    solve = partial(lax.linalg.triangular_solve, left_side=True, lower=lower, transpose_a=transpose, unit_diagonal=unit)
+    options = {"lower": lower, "transpose_a": transpose, "unit_diagonal": unit}
     if a.ndim == 2 and b.ndim > 2:
         columns = xp.moveaxis(b, -2, 0)  # one matrix and many right-hand sides: a solve of many columns
-        return xp.moveaxis(solve(a, columns.reshape(a.shape[-1], -1)).reshape(columns.shape), 0, -2)
+        solve = _solve_small if a.shape[-1] <= 64 else partial(lax.linalg.triangular_solve, left_side=True)
+        return xp.moveaxis(solve(a, columns.reshape(a.shape[-1], -1), **options).reshape(columns.shape), 0, -2)
     batch = xp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return solve(xp.broadcast_to(a, batch + a.shape[-2:]), xp.broadcast_to(b, batch + b.shape[-2:]))
+    a, b = xp.broadcast_to(a, batch + a.shape[-2:]), xp.broadcast_to(b, batch + b.shape[-2:])
+    return lax.linalg.triangular_solve(a, b, left_side=True, **options)
+
+
+def _solve_small(a: Array, b: Array, *, lower: bool, transpose_a: bool, unit_diagonal: bool) -> Array:
+    """A solve of many columns that on CPUs keeps off LAPACK, whose threads spin for a while and hold up XLA's."""
+    a = xp.tril(a, -int(unit_diagonal)) if lower else xp.triu(a, int(unit_diagonal))
+    a = a + xp.eye(a.shape[-1], dtype=a.dtype) if unit_diagonal else a
+    a, lower = (a.T, not lower) if transpose_a else (a, lower)
+
+    def solve(a: Array, lower: bool, y: Array) -> Array:
+        n, diagonal = len(a), xp.sum(a * xp.eye(len(a), dtype=a.dtype), axis=-1)  # a gather's derivative is a scatter
+
+        def substitute(y: Array) -> Array:
+            def body(k: Array, x: Array) -> Array:
+                i = k if lower else n - 1 - k
+                return x.at[i].set((y[i] - a[i] @ x) / diagonal[i])
+
+            return lax.fori_loop(0, n, body, xp.zeros_like(y))
+
+        library = partial(lax.linalg.triangular_solve, a, left_side=True, lower=lower)
+        return lax.platform_dependent(y, cpu=substitute, default=library)
+
+    return lax.custom_linear_solve(
+        lambda x: a @ x, b, lambda _, y: solve(a, lower, y), lambda _, y: solve(a.T, not lower, y)
+    )
 
 
 # Derivatives
 
 
-def vjp(f: Callable, *primals: Tree, has_aux: bool = False) -> tuple:
-    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal."""
+def vjp(f: Callable, *primals: Tree, has_aux: bool = False, once: bool = False) -> tuple:
+    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal.
+
+    `once` says that what is pulled back needs no derivatives of its own: nothing to jax, which never makes unused ones.
+    """
     return jax.vjp(f, *primals, has_aux=has_aux)
 
 
@@ -165,9 +195,9 @@ def external(value_and_grad_np: Callable, x: Array) -> Array:
 # Control flow and transformations
 
 
-def scan(body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]:
-    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys."""
-    return lax.scan(body, carry, xs)
+def scan(body: Callable, carry: Tree, xs: Tree, *, reverse: bool = False) -> tuple[Tree, Tree]:
+    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys in the order of the xs."""
+    return lax.scan(body, carry, xs, reverse=reverse)
 
 
 def while_loop(cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree:

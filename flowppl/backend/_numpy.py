@@ -156,16 +156,17 @@ def call_external(f: Callable, x: Array) -> tuple[Array, Array]:
 # Control flow and transformations
 
 
-def scan(body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]:
-    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys."""
+def scan(body: Callable, carry: Tree, xs: Tree, *, reverse: bool = False) -> tuple[Tree, Tree]:
+    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys in the order of the xs."""
     lengths = {len(x) for x in tree.leaves(xs)}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"xs has leading axes {sorted(lengths)}: scan needs one length, of at least one")
     ys = []
-    for i in range(lengths.pop()):
+    steps = range(lengths.pop())
+    for i in reversed(steps) if reverse else steps:
         carry, y = body(carry, tree.index(xs, i))
         ys.append(tree.map(np.asarray, y))
-    return carry, tree.stack(ys)
+    return carry, tree.stack(ys[::-1] if reverse else ys)
 
 
 def while_loop(cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree:

@@ -108,8 +108,11 @@ def solve_triangular(a: Tensor, b: Tensor, *, lower: bool, transpose: bool = Fal
 # Derivatives
 
 
-def vjp(f: Callable, *primals: Tree, has_aux: bool = False) -> tuple:
-    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal."""
+def vjp(f: Callable, *primals: Tree, has_aux: bool = False, once: bool = False) -> tuple:
+    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal.
+
+    `once` says that what is pulled back needs no derivatives of its own, which saves recording it.
+    """
     spec: list[Tree] = []
 
     def flat(*leaves: Tensor) -> tuple:  # torch.func takes no None in a tree
@@ -121,7 +124,8 @@ def vjp(f: Callable, *primals: Tree, has_aux: bool = False) -> tuple:
     out, pull, aux = torch.func.vjp(flat, *tree.leaves(primals), has_aux=True)
 
     def pullback(cotangent: Tree) -> tuple:
-        return tree.unflatten(primals, pull(tuple(tree.leaves(cotangent))))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
+            return tree.unflatten(primals, pull(tuple(tree.leaves(cotangent))))
 
     out = tree.unflatten(spec[0], out)
     return (out, pullback, tree.unflatten(spec[1], aux)) if has_aux else (out, pullback)
@@ -249,16 +253,17 @@ class _External(torch.autograd.Function):
 # Control flow and transformations
 
 
-def scan(body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]:
-    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys."""
+def scan(body: Callable, carry: Tree, xs: Tree, *, reverse: bool = False) -> tuple[Tree, Tree]:
+    """Runs carry, y = body(carry, x) over the leading axis of the leaves of xs, and stacks the ys in the order of the xs."""
     columns = [x.unbind(0) for x in tree.leaves(xs)]
     if not columns or not columns[0]:
         raise ValueError("xs has no rows: scan needs at least one leaf with a leading axis of at least one")
     ys = []
-    for row in zip(*columns, strict=True):
+    rows = list(zip(*columns, strict=True))
+    for row in reversed(rows) if reverse else rows:
         carry, y = body(carry, tree.unflatten(xs, row))
         ys.append(y)
-    return carry, tree.stack(ys)
+    return carry, tree.stack(ys[::-1] if reverse else ys)
 
 
 def while_loop(cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree:

@@ -46,7 +46,9 @@ class Backend(Protocol):
     ) -> Array: ...  # a (..., d, d), b (..., d, k); solves a x = b, or a^T x = b
 
     # Derivatives
-    def vjp(self, f: Callable, *primals: Array, has_aux: bool = False) -> tuple: ...  # (out, pullback[, aux])
+    def vjp(
+        self, f: Callable, *primals: Array, has_aux: bool = False, once: bool = False
+    ) -> tuple: ...  # (out, pullback[, aux]); `once`: what is pulled back needs no derivatives of its own
     def value_and_grad(self, loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple: ...
     def value_and_score(self, log_prob: Callable, x: Array) -> tuple[Array, Array]: ...
     def fixed_point(
@@ -55,7 +57,7 @@ class Backend(Protocol):
     def external(self, value_and_grad_np: Callable, x: Array) -> Array: ...  # a foreign (batch, d) -> (batch,)
 
     # Control flow and transformations
-    def scan(self, body: Callable, carry: Tree, xs: Tree) -> tuple[Tree, Tree]: ...
+    def scan(self, body: Callable, carry: Tree, xs: Tree, *, reverse: bool = False) -> tuple[Tree, Tree]: ...
     def while_loop(self, cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree: ...  # no derivatives
     def cond(self, pred: Array, a: Callable, b: Callable, *operands: Any) -> Any: ...
     def jit(self, f: Callable) -> Callable: ...

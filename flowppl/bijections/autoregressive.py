@@ -81,7 +81,7 @@ class MaskedAutoregressive(Bijection):
             y, log_slope, curvature = self.transformer.forward_with_curvature(theta, event_first(at))
             return (y, log_slope), (log_slope, curvature)
 
-        _, pull, (log_slope, curvature) = backend.vjp(through_net, backend.stop(inputs), has_aux=True)
+        _, pull, (log_slope, curvature) = backend.vjp(through_net, backend.stop(inputs), has_aux=True, once=True)
         ones, slope = xp.ones_like(log_slope), event_last(xp.exp(log_slope))
 
         def from_net(score: Array, log_slope: Array) -> Array:

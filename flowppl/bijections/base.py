@@ -80,10 +80,10 @@ def pull_through_inverse(
     backend = backend_of(y)
     params, y, score = backend.stop(params), backend.stop(y), backend.stop(score)
     if context is None:
-        (_, log_det), pull = backend.vjp(lambda y: inverse(params, y, None), y)
+        (_, log_det), pull = backend.vjp(lambda y: inverse(params, y, None), y, once=True)
         (score,) = pull((score, backend.xp.ones_like(log_det)))
         return backend.stop(score), None
-    (_, log_det), pull = backend.vjp(lambda y, c: inverse(params, y, c), y, backend.stop(context))
+    (_, log_det), pull = backend.vjp(lambda y, c: inverse(params, y, c), y, backend.stop(context), once=True)
     score, from_context = pull((score, backend.xp.ones_like(log_det)))
     return backend.stop(score), backend.stop(score_context + from_context)
 

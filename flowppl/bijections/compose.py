@@ -118,10 +118,11 @@ class Stack(Bijection):
 
     def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         """See `Bijection.inverse`: the scan runs over the layers from the last to the first."""
-        xp = backend_of(y).xp
-        return self._scan(self.layer.inverse, tree.map(lambda p: xp.flip(p, axis=0), params), y, context)
+        return self._scan(self.layer.inverse, params, y, context, reverse=True)
 
-    def _scan(self, step: Any, params: Params, x: Array, context: Array | None) -> tuple[Array, Array]:
+    def _scan(
+        self, step: Any, params: Params, x: Array, context: Array | None, reverse: bool = False
+    ) -> tuple[Array, Array]:
         backend = backend_of(x)
         x, context = broadcast(x, context, self.context_dim)
 
@@ -130,7 +131,7 @@ class Stack(Bijection):
             x, term = step(p, x, context)
             return (x, log_det + term), None
 
-        return backend.scan(body, (x, backend.xp.zeros_like(x[..., 0])), params)[0]
+        return backend.scan(body, (x, backend.xp.zeros_like(x[..., 0])), params, reverse=reverse)[0]
 
     def forward_with_score(
         self,

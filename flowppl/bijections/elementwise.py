@@ -31,12 +31,15 @@ class Transformer(Configured):
         raise NotImplementedError
 
     def forward_with_curvature(self, theta: Array, x: Array) -> tuple[Array, Array, Array]:
-        """Returns y, log dy/dx and d/dx log dy/dx. The default differentiates; a closed form is cheaper."""
+        """Returns y, log dy/dx and, without derivatives of its own, d/dx log dy/dx.
+
+        The default differentiates; a closed form is cheaper.
+        """
         backend = backend_of(x)
-        (y, log_slope), pull = backend.vjp(lambda x: self.forward(theta, x), x)
+        (y, log_slope), pull = backend.vjp(lambda x: self.forward(theta, x), x, once=True)
         ones = backend.xp.ones_like(log_slope)
         (curvature,) = pull((0 * ones, ones))
-        return y, log_slope, curvature
+        return y, log_slope, backend.stop(curvature)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Composed(Transformer):
         n = self.first.num_params
         middle, first, curvature = self.first.forward_with_curvature(theta[:n], x)
         y, second, outer = self.second.forward_with_curvature(theta[n:], middle)
-        return y, first + second, curvature + outer * backend_of(x).xp.exp(first)
+        backend = backend_of(x)
+        return y, first + second, curvature + outer * backend.xp.exp(backend.stop(first))
 
 
 def event_first(x: Array) -> Array:
@@ -172,7 +176,7 @@ def transform_with_score(
     if inputs is None:
         (y, log_slope), curvature = tau(None)
     else:
-        (y, log_slope), pull, curvature = backend.vjp(tau, inputs, has_aux=True)
+        (y, log_slope), pull, curvature = backend.vjp(tau, inputs, has_aux=True, once=True)
     score = backend.stop((score - curvature) * xp.exp(-log_slope))
     if inputs is None:
         return y, log_slope, score, None

@@ -42,8 +42,8 @@ class LULinear(Bijection):
         lu = params["lu"]
         backend = backend_of(lu)
         xp = backend.xp
-        log_diagonal = xp.linalg.diagonal(lu)
         eye = xp.tril(xp.triu(xp.ones_like(lu)))  # on lu's device, under tracing too
+        log_diagonal = lu * eye
         return xp.tril(lu, k=-1) + eye, xp.triu(lu, k=1) + eye * xp.exp(log_diagonal), xp.sum(log_diagonal)
 
     def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:

@@ -103,6 +103,8 @@ class Planar(Bijection):
         along_u = xp.sum(u * score, axis=-1)
         score = backend.stop(score - w * (slope * along_u / (1 + dot * slope))[..., None])
         if own_context is not None:
-            _, pull = backend.vjp(lambda c: self.forward(fixed, backend.stop(x), c), backend.stop(own_context))
+            _, pull = backend.vjp(
+                lambda c: self.forward(fixed, backend.stop(x), c), backend.stop(own_context), once=True
+            )
             score_context = backend.stop(score_context - pull((score, xp.ones_like(log_det)))[0])
         return y, log_det, score, score_context

@@ -48,11 +48,13 @@ class RQSpline(Transformer):
 
     def forward(self, theta: Array, x: Array) -> tuple[Array, Array]:
         """See `Transformer.forward`."""
-        kernel = self._kernel(x, inverse=False)
-        return kernel(theta, x) if kernel else self.forward_with_curvature(theta, x)[:2]
+        return self.forward_with_curvature(theta, x)[:2]
 
     def forward_with_curvature(self, theta: Array, x: Array) -> tuple[Array, Array, Array]:
         """Value, log-slope and its derivative in closed form, from one pass."""
+        kernel = self._kernel(x, inverse=False)
+        if kernel:
+            return kernel(theta, x)
         xp = backend_of(x).xp
         inside, x_in = self._clip(x)
         xs, ys, slopes = self._knots(theta)
@@ -61,13 +63,14 @@ class RQSpline(Transformer):
         p, q = (x_in - x0) / w, (x1 - x_in) / w
         y, log_slope, curvature = _evaluate(xp, p, q, w, h, d0, d1)
         zero = xp.zeros_like(y)
-        return xp.where(inside, y0 + y, x), xp.where(inside, log_slope, zero), xp.where(inside, curvature, zero)
+        curvature = backend_of(x).stop(xp.where(inside, curvature, zero))
+        return xp.where(inside, y0 + y, x), xp.where(inside, log_slope, zero), curvature
 
     def inverse(self, theta: Array, y: Array) -> tuple[Array, Array]:
         """See `Transformer.inverse`."""
         kernel = self._kernel(y, inverse=True)
         if kernel:
-            return kernel(theta, y)
+            return kernel(theta, y)[:2]
         xp = backend_of(y).xp
         inside, y_in = self._clip(y)
         xs, ys, slopes = self._knots(theta)
@@ -79,7 +82,7 @@ class RQSpline(Transformer):
         x = xp.where(p < q, x0 + p * w, x1 - q * w)
         return xp.where(inside, x, y), xp.where(inside, -log_slope, xp.zeros_like(log_slope))
 
-    def _kernel(self, x: Array, inverse: bool) -> Callable[[Array, Array], tuple[Array, Array]] | None:
+    def _kernel(self, x: Array, inverse: bool) -> Callable[[Array, Array], tuple[Array, Array, Array]] | None:
         """The backend's own version of this map, if it has one; what is written here is its oracle."""
         kernel = getattr(backend_of(x), "rq_spline", None)
         options = {"bound": self.bound, "log_share": _LOG_SHARE, "log_slope": _LOG_SLOPE, "inverse": inverse}

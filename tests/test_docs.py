@@ -1,0 +1,43 @@
+"""The scripts that a newcomer copies run as printed, but for fewer steps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FRONTS = {"numpyro": "NumPyro", "pyro": "Pyro"}
+
+
+def _run(code: str, folder: Path) -> None:
+    code, replaced = re.subn(r"\b3000\b", "3", code)
+    assert replaced, "the script trains for 3000 steps"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280, cwd=folder)
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_readme(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (script,) = (block for block in blocks if f"from flowppl.{front} import" in block)
+    _run(script, tmp_path)
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_getting_started(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    text = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    tabs = re.split(r'^=== "(\w+)"\n', text, flags=re.MULTILINE)[1:]
+    blocks = [
+        textwrap.dedent(block)
+        for title, tab in zip(tabs[::2], tabs[1::2], strict=True)
+        if title == FRONTS[front]
+        for block in re.findall(r"^    ```python\n(.*?)^    ```", tab, re.DOTALL | re.MULTILINE)
+    ]
+    assert len(blocks) == 4
+    _run("\n".join(blocks), tmp_path)
