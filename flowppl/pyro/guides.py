@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from flowppl import flows, tree
-from flowppl.errors import DimensionError, FlowFileError
+from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import place, with_affine_end
 from flowppl.flows.flow import exemplar
@@ -109,12 +109,20 @@ class AutoFlow(FlatGuide):
         return FlowBase(self._flow.base, self.latent_dim, exemplar(variables))
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The flow's bijection with its present parameters.
+        """The flow's bijection with its present parameters, for `NeuTraReparam`.
 
-        Pyro's `NeuTraReparam` adds its log-determinant once for each element of the first latent site's plates, which
-        is right only if that site is in no plate.
+        Raises:
+            UnsupportedModelError: the first latent is in a plate. Pyro's `NeuTraReparam` would count the log-determinant once
+                for each of its elements, and the chain would have another stationary distribution.
         """
         variables = self._variables()
+        name, site = next(self.prototype_trace.iter_stochastic_nodes())
+        if site["fn"].batch_shape.numel() > 1:
+            raise UnsupportedModelError(
+                f"site {name!r} is the model's first latent and in a plate, where Pyro's NeuTraReparam counts the flow's "
+                "log-determinant once for each element: sample a latent outside of plates first, or turn the plate into "
+                "an event with .to_event(); for the transform alone, use guide.get_posterior().transforms[0]"
+            )
         return FlowTransform(self._flow.bijection, variables)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:

@@ -65,7 +65,7 @@ def improper(**sites):
     return model
 
 
-def ready(model, flow, scramble, *args, **kwargs):
+def ready(model, flow, scramble, *args, scale=0.2, **kwargs):
     """A guide that knows its model, and parameters off the identity."""
     guide = AutoFlow(model, flow, **kwargs)
 
@@ -74,7 +74,7 @@ def ready(model, flow, scramble, *args, **kwargs):
         trace = handlers.trace(handlers.seed(guide, 0)).get_trace(*args)
         return {k: site["value"] for k, site in trace.items() if site["type"] == "param"}
 
-    return guide, scramble(init(), scale=0.2)
+    return guide, scramble(init(), scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def everything(scramble):
     sites = {name: (constraint, shape) for name, (constraint, shape, _) in SUPPORTS.items()}
     sites |= {name: (constraint, shape) for name, constraint, shape in (ZERO_SUM, CAT)}
     model = improper(**sites)
-    guide, params = ready(model, "affine", scramble)
+    # A random triangular matrix of this size is ill-conditioned at larger scales, and magnifies how inverses round.
+    guide, params = ready(model, "affine", scramble, scale=0.02)
     values = jax.jit(lambda: guide.sample_posterior(jax.random.key(0), params, sample_shape=(3, 2)))()
     return guide, params, values
 

@@ -265,6 +265,22 @@ def test_neutra_reparam(scramble, float64):
     assert draws["theta"].shape == (5, 4) and (draws["tau"] > 0).all()
 
 
+def test_neutra_refuses_what_pyro_would_count_twice():
+    """Pyro's own guides have a silently wrong density there."""
+
+    def model():
+        with pyro.plate("n", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(4))
+
+    guide = AutoFlow(model, SMALL).setup()
+    with pytest.raises(UnsupportedModelError, match=r"'z' is the model's first latent and in a plate.*to_event"):
+        guide.get_transform()
+    with pytest.raises(ValueError, match="NeuTraReparam only supports"):
+        NeuTraReparam(guide).reparam(model)()
+    assert guide.get_posterior().transforms[0](torch.zeros(4)).shape == (4,)
+
+
 def test_get_transform_maps_the_base_to_the_posterior(scramble, float64):
     guide = AutoFlow(schools, SMALL).setup(DATA)
     scramble(guide.parameters())
