@@ -189,7 +189,7 @@ BATCHES = [((), ()), ((4,), ()), ((), (4,)), ((5, 1), (3,)), ((2, 3), (2, 1)), (
     dim=st.sampled_from([1, 2, 5]),
     context_dim=st.sampled_from([0, 2]),
     batches=st.sampled_from(BATCHES),
-    framework=st.sampled_from([*FRAMEWORKS[:1], "numpy"]),
+    framework=st.sampled_from(sorted({"numpy", "torch"} & {"numpy", *FRAMEWORKS})),  # jax would compile each shape
     seed=st.integers(0, 2**32 - 1),
     noise=st.floats(0.05, 0.3),
 )

@@ -60,11 +60,13 @@ class StudentT(Base):
             raise ValueError(f"df must be positive, got {self.df}")
 
     def sample(self, rng: Any, shape: tuple[int, ...], like: Array | None = None) -> Array:
-        """See `Base.sample`: a normal over the root of a scaled chi-square."""
+        """See `Base.sample`: the polar method, exact and without rejection. Bailey 1994, equation 2."""
         backend = backend_of_rng(rng)
-        normal_key, gamma_key = backend.split(rng, 2)
-        chi2_over_df = backend.gamma(gamma_key, self.df / 2, shape, like) / (self.df / 2)
-        return backend.normal(normal_key, shape, like) / backend.xp.sqrt(chi2_over_df)
+        xp = backend.xp
+        radius_key, angle_key = backend.split(rng, 2)
+        log_u = xp.log1p(-backend.uniform(radius_key, shape, like))  # of a uniform number in (0, 1]
+        angle = 2 * math.pi * backend.uniform(angle_key, shape, like)
+        return xp.sqrt(self.df * xp.expm1(log_u * (-2 / self.df))) * xp.cos(angle)
 
     def log_prob(self, z: Array) -> Array:
         """See `Base.log_prob`."""
