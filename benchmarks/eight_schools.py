@@ -23,8 +23,8 @@ from models.data import load_data, load_reference
 
 from flowppl import flows
 
-FLOW = flows.nsf(layers=4)
-STEPS, PARTICLES, RATE, CLIP_NORM, DRAWS = 4000, 64, 5e-3, 10.0, 10_000
+FLOW = flows.nsf(layers=6, hidden=(32, 32))
+STEPS, PARTICLES, RATE, CLIP_NORM, DRAWS = 4000, 256, 5e-3, 10.0, 10_000
 
 
 def fit_numpyro(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
