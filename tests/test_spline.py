@@ -260,3 +260,27 @@ def test_rejects_what_is_no_spline():
     for options in ({"bins": 1}, {"bound": 0.0}, {"bound": float("nan")}, {"bound": -1.0}):
         with pytest.raises(ValueError, match="bins must be at least 2 and bound positive"):
             RQSpline(**options)
+
+
+@pytest.mark.skipif("jax" not in FRAMEWORKS, reason="jax is not installed")
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_the_kernel_of_jax_has_forward_mode_and_second_derivatives(direction, monkeypatch):
+    """Against the generic code, which jax differentiates itself."""
+    import jax
+
+    backend = get_backend("jax")
+    rng = np.random.default_rng(4)
+    primals = on(backend, (2 * rng.standard_normal((SPLINE.num_params, 50)), rng.uniform(-4, 4, 50)))
+    tangents = on(backend, (rng.standard_normal((SPLINE.num_params, 50)), rng.standard_normal(50)))
+    weights = on(backend, rng.standard_normal((2, 50)))
+
+    def derivatives():
+        f = lambda theta, x: getattr(SPLINE, direction)(theta, x)
+        loss = lambda theta, x: sum((part * w).sum() for part, w in zip(f(theta, x), weights, strict=True))
+        first = lambda p, t: jax.jvp(f, p, t)
+        second = lambda p, t: jax.jvp(jax.grad(loss, argnums=(0, 1)), p, t)
+        return to_numpy(backend, jax.jit(lambda p, t: (first(p, t), second(p, t)))(primals, tangents))
+
+    kernel = derivatives()
+    monkeypatch.delattr(backend, "rq_spline")
+    assert_close(kernel, derivatives(), 1e-9)
