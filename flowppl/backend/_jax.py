@@ -137,26 +137,26 @@ def value_and_score(log_prob: Callable, x: Array) -> tuple[Array, Array]:
 
 
 def fixed_point(step: Callable, args: Tree, x0: Array, *, max_steps: int, tol: float) -> tuple[Array, Array]:
-    """Iterates to x = step(args, x), until a change of tol (1 + max|x|); gives x and its residual over the last axis.
+    """Iterates to x = step(args, x), until no element changes by more than tol (1 + |x|); gives x and its residual.
 
-    Derivatives are implicit and of any order, in `args` alone: not in x0.
+    The residual is the largest over the last axis. Derivatives are implicit and of any order, in `args` alone: not in x0.
     """
 
-    def iterate(f: Callable, x: Array) -> Array:
+    def iterate(f: Callable, x: Array, scale: Array | float) -> Array:
         def body(state: tuple) -> tuple:
             i, x, _ = state
             new = f(x)
-            return i + 1, new, xp.max(xp.abs(new - x)) > tol * (1 + xp.max(xp.abs(new)))
+            return i + 1, new, xp.any(xp.abs(new - x) > tol * (scale + xp.abs(new)))
 
         return lax.while_loop(lambda s: s[2] & (s[0] < max_steps), body, (0, x, xp.asarray(True)))[1]
 
     def linear(matvec: Callable, y: Array) -> Array:  # matvec(w) = w - J w
-        return iterate(lambda w: y + (w - matvec(w)), y)
+        return iterate(lambda w: y + (w - matvec(w)), y, xp.max(xp.abs(y), axis=-1, keepdims=True))
 
     x = lax.custom_root(
         lambda x: x - step(args, x),
         lax.stop_gradient(x0),
-        lambda _, x: iterate(partial(step, args), x),
+        lambda _, x: iterate(partial(step, args), x, 1.0),
         lambda g, y: lax.custom_linear_solve(g, y, linear, linear),
     )
     residual = xp.max(xp.abs(step(args, x) - x), axis=-1)

@@ -126,11 +126,11 @@ vjp = value_and_grad = value_and_score = _no_derivatives
 
 
 def fixed_point(step: Callable, args: Tree, x0: Array, *, max_steps: int, tol: float) -> tuple[Array, Array]:
-    """Iterates to x = step(args, x), until a change of tol (1 + max|x|); gives x and its residual."""
+    """Iterates to x = step(args, x), until no element changes by more than tol (1 + |x|); gives x and its residual."""
     x = x0
     for _ in range(max_steps):
         x, last = step(args, x), x
-        if np.max(np.abs(x - last)) <= tol * (1 + np.max(np.abs(x))):
+        if not np.any(np.abs(x - last) > tol * (1 + np.abs(x))):
             break
     return x, np.max(np.abs(step(args, x) - x), axis=-1)
 

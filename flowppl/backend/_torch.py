@@ -1,10 +1,10 @@
-"""The backend protocol for torch. Random numbers come from a `torch.Generator`, or from the global one (None)."""
+"""The backend protocol for torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -15,10 +15,31 @@ from torch.nn import functional as F
 
 from flowppl import tree
 from flowppl.backend._numpy import call_external
+from flowppl.backend._torch_random import (
+    bernoulli,
+    categorical,
+    gamma,
+    is_float,
+    normal,
+    permutation,
+    split,
+    uniform,
+)
 from flowppl.backend._torch_spline import rq_spline
-from flowppl.backend.protocol import Rng, Tree
+from flowppl.backend.protocol import Tree
 
-__all__ = ["name", "rq_spline", "xp"]
+__all__ = [
+    "bernoulli",
+    "categorical",
+    "gamma",
+    "name",
+    "normal",
+    "permutation",
+    "rq_spline",
+    "split",
+    "uniform",
+    "xp",
+]
 
 name = "torch"
 
@@ -37,9 +58,9 @@ def asarray(a: Any, like: Tensor | None = None) -> Tensor:
     if isinstance(a, (np.ndarray, np.generic)):
         a = np.array(a, order="C")  # neither shared with the caller nor read-only nor with negative strides
     out = torch.as_tensor(a, device=torch.get_default_device() if like is None else like.device)
-    if not _is_float(out) or (isinstance(a, Tensor) and not _is_float(like)):
+    if not is_float(out) or (isinstance(a, Tensor) and not is_float(like)):
         return out
-    return out.to(like.dtype if _is_float(like) else torch.get_default_dtype())
+    return out.to(like.dtype if is_float(like) else torch.get_default_dtype())
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
@@ -158,9 +179,10 @@ def value_and_score(log_prob: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fixed_point(step: Callable, args: Tree, x0: Tensor, *, max_steps: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Iterates to x = step(args, x), until a change of tol (1 + max|x|); gives x and its residual over the last axis.
+    """Iterates to x = step(args, x), until no element changes by more than tol (1 + |x|); gives x and its residual.
 
-    Derivatives are implicit and of any order, in `args` alone: not in x0 and not in what `step` closes over.
+    The residual is the largest over the last axis. Derivatives are implicit and of any order, in `args` alone: not in
+    x0 and not in what `step` closes over.
     """
     if torch.compiler.is_compiling():  # not a decorator, which would import the compiler: seconds, for everyone
         return torch.compiler.disable(fixed_point)(step, args, x0, max_steps=max_steps, tol=tol)
@@ -168,31 +190,32 @@ def fixed_point(step: Callable, args: Tree, x0: Tensor, *, max_steps: int, tol: 
     def at(*tensors: Tensor) -> Callable:
         return partial(step, _refill(args, torch.is_tensor, tensors))
 
-    x = _FixedPoint.apply(at, max_steps, tol, x0.detach(), *filter(torch.is_tensor, tree.leaves(args)))
+    x = _FixedPoint.apply(at, False, max_steps, tol, x0.detach(), *filter(torch.is_tensor, tree.leaves(args)))
     with torch.no_grad():
         residual = torch.amax(torch.abs(step(args, x) - x), -1)
     return x, residual
 
 
 class _FixedPoint(torch.autograd.Function):
-    """The fixed point of at(*tensors). Its backward is again one, w = v + J^T w, hence differentiable again."""
+    """The fixed point of at(*tensors). Its backward is again one, linear: w = v + J^T w; hence differentiable again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(at: Callable, max_steps: int, tol: float, x0: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(at: Callable, linear: bool, max_steps: int, tol: float, x0: Tensor, *tensors: Tensor) -> Tensor:
         step = at(*tensors)
+        scale = torch.amax(torch.abs(x0), -1, keepdim=True) if linear else 1
 
         def body(state: tuple) -> tuple:
             new = step(state[0])
-            return new, torch.amax(torch.abs(new - state[0])) > tol * (1 + torch.amax(torch.abs(new)))
+            return new, torch.any(torch.abs(new - state[0]) > tol * (scale + torch.abs(new)))
 
         start = (x0.clone(), torch.ones((), dtype=torch.bool, device=x0.device))
         return while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.at, ctx.max_steps, ctx.tol, _, *tensors = inputs
+        ctx.at, _, ctx.max_steps, ctx.tol, _, *tensors = inputs
         ctx.save_for_backward(output, *tensors)
 
     @staticmethod
@@ -204,10 +227,10 @@ class _FixedPoint(torch.autograd.Function):
             _, pull = vjp(at(*tensors), x)
             return lambda w: v + pull(w)[0]
 
-        w = _FixedPoint.apply(linear, ctx.max_steps, ctx.tol, v.detach(), x, v, *tensors)
-        _, pull = vjp(lambda *floats: at(*_refill(tensors, _is_float, floats))(x), *filter(_is_float, tensors))
-        grads = _refill([a if _is_float(a) else None for a in tensors], _is_float, pull(w))
-        return None, None, None, None, *grads
+        w = _FixedPoint.apply(linear, True, ctx.max_steps, ctx.tol, v.detach(), x, v, *tensors)
+        _, pull = vjp(lambda *floats: at(*_refill(tensors, is_float, floats))(x), *filter(is_float, tensors))
+        grads = _refill([a if is_float(a) else None for a in tensors], is_float, pull(w))
+        return None, None, None, None, None, *grads
 
 
 def external(value_and_grad_np: Callable, x: Tensor) -> Tensor:
@@ -328,10 +351,6 @@ def _concrete(pred: Any) -> bool:
     return True
 
 
-def _is_float(a: Any) -> TypeGuard[Tensor]:
-    return isinstance(a, Tensor) and a.is_floating_point()
-
-
 def _select(pred: Tensor, a: Tree, b: Tree) -> Tree:
     return tree.map(lambda u, v: torch.where(pred, u, v), a, b)
 
@@ -345,55 +364,3 @@ def _refill(x: Tree, which: Callable, values: Sequence[Any]) -> Tree:
 def _outline(x: Tree) -> Tree:
     """The structure of a tree, without holding on to its leaves."""
     return tree.map(lambda _: 0, x)
-
-
-# Random numbers
-
-
-def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
-    """The same generator n times: it is its own state."""
-    return [rng] * n
-
-
-def normal(rng: Rng, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
-    """Standard normal draws."""
-    return _draw(torch.randn, rng, shape, like)
-
-
-def uniform(rng: Rng, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
-    """Uniform draws in [0, 1)."""
-    return _draw(torch.rand, rng, shape, like)
-
-
-def gamma(rng: Rng, concentration: Any, shape: tuple[int, ...], like: Tensor | None = None) -> Tensor:
-    """Gamma draws of unit rate, differentiable in the concentration, which broadcasts to `shape`."""
-    like = concentration if like is None and isinstance(concentration, Tensor) else like
-    a = asarray(concentration, torch.empty(()) if like is None else like).expand(shape)
-    if rng is None or a.is_meta or rng.device == a.device:
-        return torch._standard_gamma(a, generator=rng)
-    return torch._standard_gamma(a.to(rng.device), generator=rng).to(a.device)
-
-
-def categorical(rng: Rng, logits: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """Indices of shape `shape + logits.shape[:-1]`, with probabilities softmax(logits)."""
-    u = uniform(rng, (*shape, *logits.shape), like=logits)
-    return torch.argmax(logits - torch.log(-torch.log(u)), -1)  # u = 0 gives noise -inf, which never wins
-
-
-def bernoulli(rng: Rng, p: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Booleans, true with probability p, which broadcasts to `shape` (None: p's own)."""
-    p = asarray(p)
-    return uniform(rng, tuple(p.shape) if shape is None else shape, like=p) < p
-
-
-def permutation(rng: Rng, n: int) -> Tensor:
-    """A random order of range(n)."""
-    return torch.randperm(n, generator=rng, device=None if rng is None else rng.device)
-
-
-def _draw(sampler: Callable, rng: Rng, shape: tuple[int, ...], like: Tensor | None) -> Tensor:
-    """A draw on the generator's device, moved to that of `like`; dtype of `like` if that is a float's."""
-    dtype = like.dtype if _is_float(like) else None
-    device = torch.get_default_device() if like is None else like.device
-    at = device if rng is None else rng.device
-    return sampler(shape, generator=rng, dtype=dtype, device=at).to(device)

@@ -9,6 +9,7 @@ from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
 from flowppl.bijections.linear import LULinear, Permutation, Rotation
 from flowppl.bijections.planar import Planar
 from flowppl.bijections.root import solve_increasing
+from flowppl.bijections.solves import Solve, watch_solves
 from flowppl.bijections.spline import RQSpline
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "Planar",
     "RQSpline",
     "Rotation",
+    "Solve",
     "Stack",
     "Transformer",
     "bind",
     "solve_increasing",
+    "watch_solves",
 ]

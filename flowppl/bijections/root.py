@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowppl.backend import backend_of
+from flowppl.bijections.solves import watch
 
 Array = Any
 MAX_STEPS = 60  # halving alone reaches float64 from a bracket of width 1e2
@@ -47,6 +48,7 @@ def solve_increasing(f: Callable[[Array], tuple[Array, Array]], target: Array, l
 
     low, high = backend.stop(lower), backend.stop(upper)
     start = ((low + high) / 2, low, high, high - low)
+    watch("root", narrow, start, max_steps=MAX_STEPS, tol=8 * xp.finfo(target.dtype).eps, first=lambda s: s[0])
     x = backend.stop(backend.while_loop(unfinished, narrow, start, max_steps=MAX_STEPS)[0])
     for _ in range(2):
         value, slope = f(x)

@@ -1,0 +1,77 @@
+"""Iterative solves under observation: how many steps each took and what was left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from flowppl.backend import backend_of
+
+Array = Any
+
+
+class Solve(NamedTuple):
+    """One iterative solve of a batch."""
+
+    method: str  # what was iterated
+    steps: int  # of the slowest number of the batch
+    residual: float  # the largest last change, relative: |change| / (1 + |x|)
+    unsolved: int  # how many numbers did not get down to the tolerance, or are not finite
+
+
+_WATCHERS: list[list[Solve]] = []
+
+
+@contextmanager
+def watch_solves() -> Iterator[list[Solve]]:
+    """Collects a `Solve` for every iterative solve inside the block, which costs each solve once more.
+
+    For eager code: inside `jit` or `vmap` there are no numbers to collect, and the framework says so.
+
+    Example:
+        >>> import numpy as np
+        >>> from flowppl.bijections import Planar, bind, watch_solves
+        >>> params = bind(Planar(2).init(np.random.default_rng(0)))
+        >>> with watch_solves() as solves:
+        ...     _ = Planar(2).inverse(params, np.ones((5, 2)))
+        >>> [(solve.method, solve.unsolved) for solve in solves]
+        [('root', 0)]
+    """
+    collected: list[Solve] = []
+    _WATCHERS.append(collected)
+    try:
+        yield collected
+    finally:
+        _WATCHERS[:] = [c for c in _WATCHERS if c is not collected]
+
+
+def watch(
+    method: str, step: Callable, start: Any, *, max_steps: int, tol: float, first: Callable = lambda x: x
+) -> None:
+    """Where somebody watches, runs state = step(state) as the solver does and counts.
+
+    Args:
+        method: The solver's name.
+        step: One step of it.
+        start: The first state.
+        max_steps: The most steps.
+        tol: A number is solved once a step changes it by no more than tol (1 + |x|).
+        first: Picks x from the state.
+    """
+    if not _WATCHERS:
+        return
+    change: Any = None
+    state, steps = start, 0
+    while steps < max_steps:
+        new = backend_of(start).stop(step(state))
+        x, last = first(new), first(state)
+        backend = backend_of(x)
+        change = backend.to_numpy(backend.xp.abs(x - last) / (1 + backend.xp.abs(x)))
+        state, steps = new, steps + 1
+        if not (change > tol).any():
+            break
+    unsolved = int((~(change <= tol)).sum()) if steps else 0
+    worst = float(change.max()) if steps and change.size else 0.0
+    for collected in _WATCHERS:
+        collected.append(Solve(method, steps, worst, unsolved))
