@@ -218,8 +218,9 @@ def push(backend: Any, flow: Flow, v: Any, at: Points) -> Pass:
     """The plain sampling pass, contracted in the same way."""
 
     def loss(params: Any, z: Array, context: Array | None) -> tuple[Array, Any]:
-        y, log_det = flow.bijection.forward(bind({"params": params, "const": v["const"]}), z, context)
-        log_prob = flow.base.log_prob(z) - log_det
+        full = bind({"params": params, "const": v["const"]})
+        y, log_det = flow.bijection.forward(full["bijection"], z, context)
+        log_prob = flow.base.log_prob(full["base"], z) - log_det
         return (y * at.weights[0]).sum() + (log_prob * at.weights[1]).sum(), (y, log_det)
 
     return Pass(*gradient(backend, loss, v["params"], at.z, at.context))
@@ -229,9 +230,9 @@ def score(backend: Any, flow: Flow, v: Any, x: Array, context: Array | None) -> 
     """log q at x with its gradients, and the inverse that it rests on."""
 
     def loss(params: Any, x: Array, context: Array | None) -> tuple[Array, Any]:
-        full = {"params": params, "const": v["const"]}
-        z, log_det = flow.bijection.inverse(bind(full), x, context)  # as `Flow.log_prob` does: tested on its own
-        log_prob = flow.base.log_prob(z) + log_det
+        full = bind({"params": params, "const": v["const"]})
+        z, log_det = flow.bijection.inverse(full["bijection"], x, context)  # as `Flow.log_prob` does: tested on its own
+        log_prob = flow.base.log_prob(full["base"], z) + log_det
         return log_prob.sum(), (log_prob, z, log_det)
 
     return Pass(*gradient(backend, loss, v["params"], x, context))
@@ -255,7 +256,7 @@ def _everything(name: str, framework: str) -> Callable[[Any, Points], tuple]:
 
     def everything(v: Any, at: Points) -> tuple:
         def through(f: Callable) -> Callable:
-            return lambda zc: f(bind(v), zc[: flow.dim], zc[flow.dim :] if flow.context_dim else None)[0]
+            return lambda zc: f(bind(v)["bijection"], zc[: flow.dim], zc[flow.dim :] if flow.context_dim else None)[0]
 
         def with_context(x: Array) -> Array:
             return x if at.context is None else backend.xp.concat([x, at.context], axis=-1)

@@ -12,8 +12,9 @@ import scipy.stats
 from flowppl import flows, tree
 from flowppl.bijections import Affine, Chain, Elementwise, LULinear, MaskedAutoregressive, RQSpline
 from flowppl.errors import DimensionError, UnknownFlowError
-from flowppl.flows import Flow, Normal, StudentT, recipes
-from tests.registry import HIDDEN, compiled, on, registered, variables
+from flowppl.flows import CircularUniform, Flow, Mixture, Normal, Product, StudentT, Uniform, recipes
+from flowppl.flows.affine_end import place
+from tests.registry import HIDDEN, compiled, gradient, on, registered, variables
 
 ALARM = 1e-7
 DRAWS = 20_000
@@ -95,7 +96,7 @@ def test_moments_of_an_affine_flow(backend, make_rng):
     flow = flows.affine()(3)
     scale_tril = np.float64([[2.0, 0, 0], [-1.0, 0.5, 0], [0.3, 4.0, 1.5]])
     loc = np.float64([10.0, -3.0, 0.1])
-    v = {"params": LULinear.from_cholesky(*on(backend, (loc, scale_tril))), "const": {}}
+    v = place(flow, flow.init(make_rng(0)), *on(backend, (loc, scale_tril)))
     x = draw(backend, flow, v, make_rng(2), (DRAWS,))
     white = np.linalg.solve(scale_tril, (x - loc).T).T
     assert scipy.stats.chi2.sf(DRAWS * np.sum(white.mean(0) ** 2), 3) > ALARM
@@ -117,22 +118,107 @@ def test_bases_have_the_densities_of_their_names(backend):
         (StudentT(2.5), scipy.stats.t(2.5)),
         (StudentT(30.0), scipy.stats.t(30.0)),
     ):
-        np.testing.assert_allclose(backend.to_numpy(base.log_prob(z_)), reference.logpdf(z).sum(-1), rtol=1e-12)
+        np.testing.assert_allclose(backend.to_numpy(base.log_prob({}, z_)), reference.logpdf(z).sum(-1), rtol=1e-12)
         h = 1e-6
         score = (reference.logpdf(z + h) - reference.logpdf(z - h)) / (2 * h)
-        np.testing.assert_allclose(backend.to_numpy(base.score(z_)), score, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(backend.to_numpy(base.score({}, z_)), score, rtol=1e-6, atol=1e-7)
 
 
 def test_student_t_draws(backend, make_rng):
     """Each coordinate is Student-t, in 40 cells of equal mass, and the two are independent, in 5 x 5."""
     (like,) = on(backend, (np.zeros(1),))
-    z = backend.to_numpy(StudentT(1.5).sample(make_rng(3), (10 * DRAWS, 2), like))
+    z = backend.to_numpy(StudentT(1.5).sample(make_rng(3), {}, (10 * DRAWS, 2), like))
     u = scipy.stats.t(1.5).cdf(z)
     counts = np.bincount(np.minimum(40 * u, 39).astype(int).ravel(), minlength=40)
     assert chi_square(counts, np.full(40, 1 / 40)) > ALARM
     fifths = np.minimum(5 * u, 4).astype(int)
     counts = np.bincount(fifths[:, 0] * 5 + fifths[:, 1], minlength=25)
     assert chi_square(counts, np.full(25, 1 / 25)) > ALARM
+
+
+# Every kind of base with parameters, which a draw carries derivatives of.
+LEARNED = {
+    "student-t": StudentT(4.0, trainable=True),
+    "mixture": Mixture(3),
+    "product": Product((Normal(), StudentT(3.0, trainable=True)), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_draws_of_learned_bases_carry_the_derivative_of_expectations(name, backend, make_rng):
+    """d E[f(z)] / d params, from draws and by quadrature: one chi-square over all parameters. Stopped draws fail it."""
+    base = LEARNED[name]
+    v = tree.map(
+        lambda p: p + 0.3 * np.random.default_rng(1).standard_normal(p.shape), base.init(np.random.default_rng(0), 2)
+    )
+    params = on(backend, v["params"])
+    xp = backend.xp
+    f = lambda z: xp.tanh(z[..., 0] - 0.5) + xp.tanh(z[..., 0]) * xp.tanh(z[..., 1] + 0.3)
+    axis = np.sinh(np.linspace(-9, 9, 601))
+    cell = np.gradient(axis)
+    grid, area = on(backend, (np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1), np.outer(cell, cell)))
+    by_quadrature = lambda p: (xp.sum(xp.exp(base.log_prob(p, grid)) * f(grid) * area), ())
+    _, (exact,) = gradient(backend, by_quadrature, params)
+    rng, batches = make_rng(5), []
+    like = grid[0, 0]
+    key = rng if backend.name != "jax" else None
+    one = compiled(
+        backend, lambda p, k: gradient(backend, lambda p: (xp.mean(f(base.sample(k, p, (4000, 2), like))), ()), p)[1][0]
+    )
+    for k in backend.split(rng, 50):
+        batches.append(
+            np.concatenate([backend.to_numpy(g).ravel() for g in tree.leaves(one(params, k if key is None else rng))])
+        )
+    exact = np.concatenate([backend.to_numpy(g).ravel() for g in tree.leaves(exact)])
+    mean, covariance = np.mean(batches, axis=0), np.cov(np.transpose(batches)) / len(batches)
+    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
+    keep = values > 1e-9 * values[-1]  # directions that change nothing: all logits together
+    statistic = np.sum(((mean - exact) @ vectors[:, keep]) ** 2 / values[keep])
+    n, k = len(batches), int(keep.sum())
+    assert scipy.stats.f(k, n - k).sf(statistic * (n - k) / (k * (n - 1))) > ALARM  # Hotelling
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_bases_score_and_draw_the_same_density(name, backend, make_rng):
+    base = LEARNED[name]
+    v = tree.map(lambda p: p + 0.3, base.init(np.random.default_rng(0), 2))
+    params = on(backend, v["params"])
+    (z,) = on(backend, (np.random.default_rng(1).standard_normal((20, 2)) * 3,))
+    _, (slope,) = gradient(backend, lambda z: (backend.xp.sum(base.log_prob(params, z)), ()), z)
+    np.testing.assert_allclose(backend.to_numpy(base.score(params, z)), backend.to_numpy(slope), rtol=1e-9, atol=1e-12)
+    draws = base.sample(make_rng(2), params, (DRAWS, 2), z)
+    edges = np.linspace(-2.5, 2.5, 9)
+    fine = np.sinh(np.linspace(-8, 8, 2001))
+    (grid,) = on(backend, (np.stack(np.meshgrid(fine, np.sinh(np.linspace(-8, 8, 401)), indexing="ij"), axis=-1),))
+    mass = (
+        np.exp(backend.to_numpy(base.log_prob(params, grid)))
+        @ np.gradient(np.sinh(np.linspace(-8, 8, 401)))
+        * np.gradient(fine)
+    )
+    assert abs(mass.sum() - 1) < 1e-3
+    cumulative = np.interp(edges, fine + np.gradient(fine) / 2, np.cumsum(mass))
+    probabilities = np.diff([0.0, *(cumulative / mass.sum()), 1.0])
+    counts = np.bincount(np.searchsorted(edges, backend.to_numpy(draws)[:, 0]), minlength=10)
+    assert chi_square(counts, probabilities) > ALARM
+
+
+def test_bounded_bases_have_no_density_outside(backend):
+    (z,) = on(backend, (np.float64([[0.5, 0.5], [0.5, 2.5], [-1.0, 2.0]]),))
+    np.testing.assert_allclose(
+        backend.to_numpy(Uniform(-1.0, 2.0).log_prob({}, z)), [-2 * np.log(3), -np.inf, -2 * np.log(3)]
+    )
+    np.testing.assert_allclose(backend.to_numpy(CircularUniform().log_prob({}, z)), -2 * np.log(2 * np.pi))
+
+
+def test_bases_that_do_not_fit():
+    with pytest.raises(DimensionError, match=r"dims=\(1, 2\) add up to 3, and the flow has dim=2"):
+        flows.affine(base=Product((Normal(), StudentT()), (1, 2)))(2).init(np.random.default_rng(0))
+    with pytest.raises(DimensionError, match="a positive dim for each base"):
+        Product((Normal(),), (1, 2))
+    with pytest.raises(ValueError, match="low must be less than high"):
+        Uniform(1.0, 1.0)
+    with pytest.raises(ValueError, match="components >= 1"):
+        Mixture(0)
 
 
 @pytest.mark.parametrize("df", [0.0, -1.0, float("nan")])
@@ -190,9 +276,9 @@ def test_layers_start_apart(backend, make_rng):
     """Each layer draws arrays of its own, and each seed gives others."""
     flow = registered("nsf", 4)
     first, second = (flow.init(make_rng(seed))["params"] for seed in (0, 1))
-    weight = backend.to_numpy(tree.paths(first)["0.1.net.layers.0.weight"])
+    weight = backend.to_numpy(tree.paths(first)["bijection.0.1.net.layers.0.weight"])
     assert not np.any(weight[0] == weight[1])
-    assert not np.any(weight == backend.to_numpy(tree.paths(second)["0.1.net.layers.0.weight"]))
+    assert not np.any(weight == backend.to_numpy(tree.paths(second)["bijection.0.1.net.layers.0.weight"]))
 
 
 def test_dimension_errors(backend, make_rng):
@@ -260,8 +346,8 @@ def test_recipes_are_values():
 def test_options_reach_the_flow(backend, make_rng):
     v = flows.nsf(layers=3, hidden=(7,), bins=5, linear=False, affine=False, activation="gelu")(4).init(make_rng(0))
     shapes = {k: tuple(a.shape) for k, a in tree.paths(v["params"]).items()}
-    assert shapes["0.0.net.layers.0.weight"] == (3, 7, 2)
-    assert shapes["0.0.net.layers.1.weight"] == (3, 2 * 14, 7)
+    assert shapes["bijection.0.0.net.layers.0.weight"] == (3, 7, 2)
+    assert shapes["bijection.0.0.net.layers.1.weight"] == (3, 2 * 14, 7)
     with pytest.raises(ValueError, match=r"activation must be one of relu, silu, gelu"):
         flows.nsf(activation="tanh")(2).init(make_rng(0))
 

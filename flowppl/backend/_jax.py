@@ -136,31 +136,29 @@ def value_and_score(log_prob: Callable, x: Array) -> tuple[Array, Array]:
     return value, pull(xp.ones_like(value))[0]
 
 
-def fixed_point(step: Callable, args: Tree, x0: Array, *, max_steps: int, tol: float) -> tuple[Array, Array]:
-    """Iterates to x = step(args, x), until no element changes by more than tol (1 + |x|); gives x and its residual.
+def implicit(step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float) -> Array:
+    """The solution x of x = step(args, x), found in whatever way, with its implicit derivatives, which are of any order.
 
-    The residual is the largest over the last axis. Derivatives are implicit and of any order, in `args` alone: not in x0.
+    Derivatives are in `args` alone. The linear equation behind them is iterated until no element changes by more than tol times
+    its size.
     """
 
-    def iterate(f: Callable, x: Array, scale: Array | float) -> Array:
+    def linear(matvec: Callable, y: Array) -> Array:  # solves w = y + J w, where matvec(w) = w - J w
+        scale = xp.max(xp.abs(y), axis=-1, keepdims=True)
+
         def body(state: tuple) -> tuple:
-            i, x, _ = state
-            new = f(x)
-            return i + 1, new, xp.any(xp.abs(new - x) > tol * (scale + xp.abs(new)))
+            i, w, _ = state
+            new = y + (w - matvec(w))
+            return i + 1, new, xp.any(xp.abs(new - w) > tol * (scale + xp.abs(new)))
 
-        return lax.while_loop(lambda s: s[2] & (s[0] < max_steps), body, (0, x, xp.asarray(True)))[1]
+        return lax.while_loop(lambda s: s[2] & (s[0] < max_steps), body, (0, y, xp.asarray(True)))[1]
 
-    def linear(matvec: Callable, y: Array) -> Array:  # matvec(w) = w - J w
-        return iterate(lambda w: y + (w - matvec(w)), y, xp.max(xp.abs(y), axis=-1, keepdims=True))
-
-    x = lax.custom_root(
+    return lax.custom_root(
         lambda x: x - step(args, x),
-        lax.stop_gradient(x0),
-        lambda _, x: iterate(partial(step, args), x, 1.0),
+        lax.stop_gradient(x),
+        lambda _, x: x,
         lambda g, y: lax.custom_linear_solve(g, y, linear, linear),
     )
-    residual = xp.max(xp.abs(step(args, x) - x), axis=-1)
-    return x, lax.stop_gradient(residual)
 
 
 def external(value_and_grad_np: Callable, x: Array) -> Array:

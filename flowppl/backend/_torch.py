@@ -178,39 +178,37 @@ def value_and_score(log_prob: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
     return value, score
 
 
-def fixed_point(step: Callable, args: Tree, x0: Tensor, *, max_steps: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Iterates to x = step(args, x), until no element changes by more than tol (1 + |x|); gives x and its residual.
+def implicit(step: Callable, args: Tree, x: Tensor, *, max_steps: int, tol: float) -> Tensor:
+    """The solution x of x = step(args, x), found in whatever way, with its implicit derivatives, which are of any order.
 
-    The residual is the largest over the last axis. Derivatives are implicit and of any order, in `args` alone: not in
-    x0 and not in what `step` closes over.
+    Derivatives are in `args` alone: not in what `step` closes over. The linear equation behind them is iterated until no element
+    changes by more than tol times its size.
     """
     if torch.compiler.is_compiling():  # not a decorator, which would import the compiler: seconds, for everyone
-        return torch.compiler.disable(fixed_point)(step, args, x0, max_steps=max_steps, tol=tol)
+        return torch.compiler.disable(implicit)(step, args, x, max_steps=max_steps, tol=tol)
 
     def at(*tensors: Tensor) -> Callable:
         return partial(step, _refill(args, torch.is_tensor, tensors))
 
-    x = _FixedPoint.apply(at, False, max_steps, tol, x0.detach(), *filter(torch.is_tensor, tree.leaves(args)))
-    with torch.no_grad():
-        residual = torch.amax(torch.abs(step(args, x) - x), -1)
-    return x, residual
+    return _Implicit.apply(at, None, max_steps, tol, x.detach(), *filter(torch.is_tensor, tree.leaves(args)))
 
 
-class _FixedPoint(torch.autograd.Function):
-    """The fixed point of at(*tensors). Its backward is again one, linear: w = v + J^T w; hence differentiable again."""
+class _Implicit(torch.autograd.Function):
+    """x with the derivatives of x = at(*tensors)(x). Its backward solves w = v + J^T w by another one, differentiable again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(at: Callable, linear: bool, max_steps: int, tol: float, x0: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(at: Callable, scale: Tensor | None, max_steps: int, tol: float, x: Tensor, *tensors: Tensor) -> Tensor:
+        if scale is None:
+            return x.clone()
         step = at(*tensors)
-        scale = torch.amax(torch.abs(x0), -1, keepdim=True) if linear else 1
 
         def body(state: tuple) -> tuple:
             new = step(state[0])
             return new, torch.any(torch.abs(new - state[0]) > tol * (scale + torch.abs(new)))
 
-        start = (x0.clone(), torch.ones((), dtype=torch.bool, device=x0.device))
+        start = (x.clone(), torch.ones((), dtype=torch.bool, device=x.device))
         return while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0]
 
     @staticmethod
@@ -227,7 +225,8 @@ class _FixedPoint(torch.autograd.Function):
             _, pull = vjp(at(*tensors), x)
             return lambda w: v + pull(w)[0]
 
-        w = _FixedPoint.apply(linear, True, ctx.max_steps, ctx.tol, v.detach(), x, v, *tensors)
+        scale = torch.amax(torch.abs(v.detach()), -1, keepdim=True)
+        w = _Implicit.apply(linear, scale, ctx.max_steps, ctx.tol, v.detach(), x, v, *tensors)
         _, pull = vjp(lambda *floats: at(*_refill(tensors, is_float, floats))(x), *filter(is_float, tensors))
         grads = _refill([a if is_float(a) else None for a in tensors], is_float, pull(w))
         return None, None, None, None, None, *grads

@@ -51,9 +51,9 @@ class Backend(Protocol):
     ) -> tuple: ...  # (out, pullback[, aux]); `once`: what is pulled back needs no derivatives of its own
     def value_and_grad(self, loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple: ...
     def value_and_score(self, log_prob: Callable, x: Array) -> tuple[Array, Array]: ...
-    def fixed_point(
-        self, step: Callable, args: Tree, x0: Array, *, max_steps: int, tol: float
-    ) -> tuple[Array, Array]: ...  # x = step(args, x); implicit, twice differentiable in args; and the residual
+    def implicit(
+        self, step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float
+    ) -> Array: ...  # the solution x of x = step(args, x), with implicit derivatives of any order in args
     def external(self, value_and_grad_np: Callable, x: Array) -> Array: ...  # a foreign (batch, d) -> (batch,)
 
     # Control flow and transformations

@@ -46,6 +46,38 @@ def watch_solves() -> Iterator[list[Solve]]:
         _WATCHERS[:] = [c for c in _WATCHERS if c is not collected]
 
 
+def fixed_point(
+    step: Callable[[Any, Array], Array], args: Any, x: Array, *, max_steps: int, tol: float, method: str = "fixed point"
+) -> Array:
+    """Solves x = step(args, x) by iteration from x, with implicit derivatives of any order.
+
+    Args:
+        step: One sweep; all that needs derivatives comes in through `args`.
+        args: A tree of arrays.
+        x: The start.
+        max_steps: The most sweeps, of the iteration and of the linear one behind each derivative.
+        tol: The sweeps end when no number changes by more than tol (1 + |x|).
+        method: The name for those who watch.
+    """
+    backend = backend_of(x)
+    x = iterate(lambda x: step(args, x), x, max_steps=max_steps, tol=tol, method=method)
+    return backend.implicit(step, args, x, max_steps=max_steps, tol=tol)
+
+
+def iterate(sweep: Callable[[Array], Array], x: Array, *, max_steps: int, tol: float, method: str) -> Array:
+    """The same without derivatives."""
+    backend = backend_of(x)
+    xp = backend.xp
+    watch(method, sweep, x, max_steps=max_steps, tol=tol)
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        new = sweep(state[0])
+        return new, xp.any(xp.abs(new - state[0]) > tol * (1 + xp.abs(new)))
+
+    start = x, xp.any(x == x)  # an empty batch is solved
+    return backend.stop(backend.while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0])
+
+
 def watch(
     method: str, step: Callable, start: Any, *, max_steps: int, tol: float, first: Callable = lambda x: x
 ) -> None:

@@ -28,9 +28,9 @@ def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) 
         scale_tril: `(dim, dim)`, lower triangular with a positive diagonal.
     """
     end = LULinear.from_cholesky(loc, scale_tril)
-    params = variables["params"]
+    params = variables["params"]["bijection"]
     placed = end if isinstance(flow.bijection, LULinear) else (*params[:-1], end)
-    return {**variables, "params": placed}
+    return {**variables, "params": {**variables["params"], "bijection": placed}}
 
 
 def _last(bijection: Any) -> Any:

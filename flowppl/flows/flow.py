@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flowppl import tree
-from flowppl.backend import backend_of
+from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections.base import Array, Bijection, bind, broadcast
 from flowppl.config import Configured
 from flowppl.errors import DimensionError
@@ -71,13 +71,15 @@ class Flow(Configured):
             raise DimensionError(f"context: expected {expected}, got {got}")
 
     def init(self, rng: Any, like: Array | None = None) -> dict[str, Any]:
-        """Draws `{"params": ..., "const": ...}`.
+        """Draws `{"params": ..., "const": ...}`, each of them `{"base": ..., "bijection": ...}`.
 
         Args:
             rng: A jax key, or a `torch.Generator` (None: torch's global one).
             like: An array whose dtype and device the floating leaves get; None for the framework's defaults.
         """
-        variables = self.bijection.init(rng)
+        base_key, key = backend_of_rng(rng).split(rng, 2)
+        parts = {"base": self.base.init(base_key, self.dim), "bijection": self.bijection.init(key)}
+        variables = {kind: {name: part[kind] for name, part in parts.items()} for kind in ("params", "const")}
         return variables if like is None else tree.map(lambda leaf: backend_of(like).asarray(leaf, like), variables)
 
     def sample(
@@ -101,7 +103,7 @@ class Flow(Configured):
             with_score: Also return the scores (and log q).
         """
         batch = shape if context is None or not self.context_dim else (*shape, *context.shape[:-1])
-        z = self.base.sample(rng, (*batch, self.dim), exemplar(variables))
+        z = self.base.sample(rng, bind(variables)["base"], (*batch, self.dim), exemplar(variables))
         return self.push(variables, z, context, with_log_prob=with_log_prob, with_score=with_score)
 
     def push(
@@ -115,15 +117,16 @@ class Flow(Configured):
     ) -> Sample:
         """Maps base draws z `(*shape, dim)` to x, with what `sample` returns beside it."""
         params = bind(variables)
+        base, params = params["base"], params["bijection"]
         z, context = broadcast(z, context, self.context_dim)
         if with_score:
             backend = backend_of(z)
             start = None if context is None else backend.xp.zeros_like(context)
-            score = backend.stop(self.base.score(z))
+            score = backend.stop(self.base.score(base, z))
             x, log_det, score, score_context = self.bijection.forward_with_score(params, z, score, context, start)
-            return Sample(x, self.base.log_prob(z) - log_det, score, score_context)
+            return Sample(x, self.base.log_prob(base, z) - log_det, score, score_context)
         x, log_det = self.bijection.forward(params, z, context)
-        return Sample(x, self.base.log_prob(z) - log_det if with_log_prob else None)
+        return Sample(x, self.base.log_prob(base, z) - log_det if with_log_prob else None)
 
     def log_prob(self, variables: dict[str, Any], x: Array, context: Array | None = None) -> Array:
         """Log density of any x `(*batch, dim)`, `(*batch,)`.
@@ -133,8 +136,14 @@ class Flow(Configured):
         """
         if x.shape[-1:] != (self.dim,):
             raise DimensionError(f"x: expected shape (*batch, {self.dim}), got {tuple(x.shape)}")
-        z, log_det = self.bijection.inverse(bind(variables), x, context)
-        return self.base.log_prob(z) + log_det
+        params = bind(variables)
+        z, log_det = self.bijection.inverse(params["bijection"], x, context)
+        return self.base.log_prob(params["base"], z) + log_det
+
+
+def part_of(variables: dict[str, Any], name: str) -> dict[str, Any]:
+    """The variables of a flow's "base" or "bijection" alone."""
+    return {kind: variables[kind][name] for kind in ("params", "const")}
 
 
 def exemplar(variables: dict[str, Any]) -> Array | None:

@@ -51,19 +51,24 @@ class MLP(Configured):
 
     def __call__(self, params: dict[str, Any], x: Array) -> Array:
         """Maps x `(*batch, inputs)` to `(*outputs, *batch)`."""
-        return self._apply([(layer["weight"], layer["bias"]) for layer in params["layers"]], x)
-
-    def _apply(self, layers: list[tuple[Array, Array]], x: Array) -> Array:
-        backend = backend_of(x)
-        activation = getattr(backend, self.activation)
+        xp = backend_of(x).xp
         batch = x.shape[:-1]
-        h = backend.xp.reshape(x, (math.prod(batch), x.shape[-1])).T
-        for weight, bias in layers[:-1]:
-            h = activation(weight @ h + bias[:, None])
-        weight, bias = layers[-1]
+        h = self.hidden_units(params, xp.reshape(x, (math.prod(batch), x.shape[-1])).T)
+        return xp.reshape(self.last_layer(params["layers"][-1], h), (*self.outputs, *batch))
+
+    def hidden_units(self, params: dict[str, Any], x: Array) -> Array:
+        """Maps x `(inputs, n)` to the last hidden layer `(width, n)`."""
+        activation = getattr(backend_of(x), self.activation)
+        for layer in params["layers"][:-1]:
+            x = activation(layer["weight"] @ x + layer["bias"][:, None])
+        return x
+
+    @staticmethod
+    def last_layer(layer: dict[str, Any], h: Array) -> Array:
+        """Maps hidden units `(width, n)` to as many outputs as the layer has rows."""
         # Adam moves every weight alike, so without this a step would move the outputs in proportion to the width.
-        weight = weight * (1 / math.sqrt(weight.shape[1] or 1))
-        return backend.xp.reshape(weight @ h + bias[:, None], (*self.outputs, *batch))
+        weight = layer["weight"] * (1 / math.sqrt(layer["weight"].shape[1] or 1))
+        return weight @ h + layer["bias"][:, None]
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,16 @@ class MaskedMLP(MLP):
 
     def __call__(self, params: dict[str, Any], x: Array) -> Array:
         """Maps x `(*batch, dim + context_dim)` to `(..., dim, *batch)`."""
-        backend = backend_of(x)
+        return super().__call__(self.mask(params), x)
+
+    def mask(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters with zeros where a unit must not look."""
         like = params["layers"][0]["weight"]
+        backend = backend_of(like)
         # From lists, not numpy arrays: torch.compile would trace those.
         degrees = [backend.asarray(d, like) for d in self._degrees()]
         layers = []
         for layer, before, after in zip(params["layers"], degrees, degrees[1:], strict=False):
             mask = backend.xp.astype(after[:, None] >= before[None], like.dtype)
-            layers.append((layer["weight"] * mask, layer["bias"]))
-        return self._apply(layers, x)
+            layers.append({"weight": layer["weight"] * mask, "bias": layer["bias"]})
+        return {"layers": tuple(layers)}

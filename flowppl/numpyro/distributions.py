@@ -12,7 +12,7 @@ from numpyro.distributions.util import validate_sample
 
 from flowppl.bijections import Bijection, bind
 from flowppl.flows import Flow, Sample
-from flowppl.flows.flow import exemplar
+from flowppl.flows.flow import part_of
 from flowppl.numpyro.bases import FlowBase
 from flowppl.objectives import check_gradient, path_log_prob
 
@@ -118,15 +118,16 @@ class FlowDistribution(TransformedDistribution):
         self.gradient = check_gradient(gradient)
         batch_shape = () if context is None else context.shape[:-1]
         super().__init__(
-            FlowBase(flow.base, flow.dim, exemplar(variables), batch_shape),
-            FlowTransform(flow.bijection, variables, context),
+            FlowBase(flow, variables, batch_shape),
+            FlowTransform(flow.bijection, part_of(variables, "bijection"), context),
             validate_args=validate_args,
         )
 
     @property
     def variables(self) -> dict[str, Any]:
         """The flow's arrays."""
-        return self.transforms[0].variables
+        parts = {"base": self.base_dist.variables, "bijection": self.transforms[0].variables}
+        return {kind: {name: part[kind] for name, part in parts.items()} for kind in ("params", "const")}
 
     @property
     def context(self) -> Array | None:

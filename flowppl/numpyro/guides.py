@@ -98,8 +98,8 @@ class AutoFlow(FlatGuide):
         return FlowDistribution(self._flow, variables, gradient=self._gradient)
 
     def get_base_dist(self) -> FlowBase:
-        """The flow's base density over the flat latents."""
-        return FlowBase(self._flow.base, self.latent_dim, self._init_latent)
+        """The flow's base density over the flat latents, untrained: NeuTra, which asks for it, masks its density."""
+        return FlowBase(self._flow, self._flow.init(jax.random.key(0), like=self._init_latent))
 
     def get_posterior(self, params: dict[str, Any]) -> FlowDistribution:
         """The flow with trained parameters, over the flat unconstrained latents."""

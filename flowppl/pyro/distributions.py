@@ -15,7 +15,7 @@ from flowppl import tree
 from flowppl.bijections import Bijection, bind
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow
-from flowppl.flows.flow import exemplar
+from flowppl.flows.flow import part_of
 from flowppl.objectives import check_gradient, path_log_prob
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.memo import Memo
@@ -159,8 +159,8 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
         flow.check_context(context)
         self.flow, self.variables, self.context, self.gradient = flow, variables, context, check_gradient(gradient)
         self._memo = Memo()
-        base = FlowBase(flow.base, flow.dim, exemplar(variables))
-        super().__init__(base, [FlowTransform(flow.bijection, variables, context)])
+        transform = FlowTransform(flow.bijection, part_of(variables, "bijection"), context)
+        super().__init__(FlowBase(flow, variables), [transform])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """The same flow over `batch_shape`, to which the context broadcasts."""
@@ -170,7 +170,7 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
         new.flow, new.variables, new.context, new.gradient = self.flow, self.variables, context, self.gradient
         new._memo, new.has_rsample = Memo(), self.has_rsample
         new.base_dist = self.base_dist.expand(batch_shape)
-        new.transforms = [FlowTransform(self.flow.bijection, self.variables, context)]
+        new.transforms = [FlowTransform(self.flow.bijection, part_of(self.variables, "bijection"), context)]
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new

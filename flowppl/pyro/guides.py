@@ -17,7 +17,7 @@ from flowppl import flows, tree
 from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import place, with_affine_end
-from flowppl.flows.flow import exemplar
+from flowppl.flows.flow import part_of
 from flowppl.laplace import laplace
 from flowppl.objectives import check_gradient
 from flowppl.pyro.bases import FlowBase
@@ -105,8 +105,7 @@ class AutoFlow(FlatGuide):
 
     def get_base_dist(self) -> FlowBase:
         """The flow's base density over the flat latents."""
-        variables = self._variables()
-        return FlowBase(self._flow.base, self.latent_dim, exemplar(variables))
+        return FlowBase(self._flow, self._variables())
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The flow's bijection with its present parameters, for `NeuTraReparam`.
@@ -123,7 +122,7 @@ class AutoFlow(FlatGuide):
                 "log-determinant once for each element: sample a latent outside of plates first, or turn the plate into "
                 "an event with .to_event(); for the transform alone, use guide.get_posterior().transforms[0]"
             )
-        return FlowTransform(self._flow.bijection, variables)
+        return FlowTransform(self._flow.bijection, part_of(variables, "bijection"))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The flow with its present parameters, over the flat unconstrained latents."""

@@ -32,7 +32,7 @@ class FlowParameters(nn.Module):
         >>> from flowppl import flows
         >>> holder = FlowParameters(flows.affine()(dim=2).init(torch.Generator()))
         >>> [name for name, _ in holder.named_parameters()]
-        ['params/bias', 'params/lu']
+        ['params/bijection/bias', 'params/bijection/lu']
     """
 
     def __init__(self, variables: dict[str, Any]) -> None:

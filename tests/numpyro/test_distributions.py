@@ -13,6 +13,7 @@ from numpyro.infer.util import log_density
 
 from flowppl import flows
 from flowppl.errors import DimensionError
+from flowppl.flows.flow import part_of
 from flowppl.numpyro import FlowDistribution, FlowTransform
 
 log_prob = jax.jit(lambda q, *value: q.log_prob(*value))
@@ -57,7 +58,7 @@ def test_drawing_with_intermediates_agrees_with_scoring_the_value(flow, variable
 
 
 def test_it_equals_the_transformed_distribution_of_its_parts(flow, variables, q):
-    t = FlowTransform(flow.bijection, variables)
+    t = FlowTransform(flow.bijection, part_of(variables, "bijection"))
     plain = dist.TransformedDistribution(dist.Normal(jnp.zeros(3)).to_event(1), t)
     x, _ = draw(plain, jax.random.key(0), (6,))
     np.testing.assert_allclose(log_prob(plain, x), log_prob(q, x), rtol=1e-10)
@@ -72,7 +73,7 @@ def test_transform_inverse_and_log_det(flow, variables):
         log_dets = t.log_abs_det_jacobian(x, y), t.inv.log_abs_det_jacobian(y, x)
         return t.inv(y), log_dets, jnp.linalg.slogdet(jax.jacfwd(t)(x))[1]
 
-    t = FlowTransform(flow.bijection, variables)
+    t = FlowTransform(flow.bijection, part_of(variables, "bijection"))
     x = jax.random.normal(jax.random.key(1), (3,))
     back, (forward, backward), expected = everything(t, x)
     np.testing.assert_allclose(back, x, atol=1e-10)
@@ -81,7 +82,7 @@ def test_transform_inverse_and_log_det(flow, variables):
 
 
 def test_transform_equality_and_pytree(flow, variables, small):
-    t = FlowTransform(flow.bijection, variables)
+    t = FlowTransform(flow.bijection, part_of(variables, "bijection"))
     leaves, treedef = jax.tree.flatten(t)
     assert len(leaves) == len(jax.tree.leaves(variables))
     again = jax.tree.unflatten(treedef, leaves)
@@ -90,7 +91,7 @@ def test_transform_equality_and_pytree(flow, variables, small):
     assert t.eq(copied) and t != copied  # NumPyro's == compares arrays by identity
     assert not t.eq(moved) and t != moved
     other = small(dim=4)
-    assert not t.eq(FlowTransform(other.bijection, variables))
+    assert not t.eq(FlowTransform(other.bijection, part_of(variables, "bijection")))
     assert t != dist.transforms.ExpTransform()
 
 

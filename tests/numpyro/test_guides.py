@@ -115,7 +115,7 @@ def test_seeds_under_vmap_give_different_flows_and_leak_nothing(small):
     states = jax.jit(jax.vmap(lambda key: svi.init(key, X)))(keys)
     states, losses = jax.jit(jax.vmap(lambda s: svi.update(s, X)))(states)
     params = svi.get_params(states)
-    weights = params["auto_flow$params"][0][1]["net"]["layers"][0]["weight"]
+    weights = params["auto_flow$params"]["bijection"][0][1]["net"]["layers"][0]["weight"]
     assert losses.shape == (3,) and weights.shape[0] == 3
     assert not np.allclose(weights[0], weights[1]) and not np.allclose(weights[1], weights[2])
     # The guide serves outside of vmap too: with the parameters of one seed, and for another run.

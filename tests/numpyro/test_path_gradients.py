@@ -179,7 +179,8 @@ def test_renyi_is_biased_with_path_and_right_with_reparam(scramble):
     """Documented: RenyiELBO weighs draws by the density ratio, and is no linear function of log q."""
     model = lambda: numpyro.sample("z", dist.Normal(jnp.zeros(1), 1.0).to_event(1))
     guide_of = lambda gradient: lambda: numpyro.sample("z", flow_module("q", "affine", dim=1, gradient=gradient))
-    params = {"q$params": {"lu": jnp.array([[-0.5]]), "bias": jnp.array([0.8])}}
+    affine = {"lu": jnp.array([[-0.5]]), "bias": jnp.array([0.8])}
+    params = {"q$params": {"base": {}, "bijection": affine}}
     elbo = RenyiELBO(alpha=0.0, num_particles=8)
     path, reparam = (gradients(elbo, model, guide_of(g), params, num_keys=4000) for g in ("path", "reparam"))
     keys = jax.random.split(jax.random.key(1), 4000)

@@ -16,6 +16,7 @@ from torch.distributions import biject_to, constraints
 from flowppl import flows, tree
 from flowppl.bijections import LULinear
 from flowppl.errors import DimensionError
+from flowppl.flows.flow import part_of
 from flowppl.pyro import FlowDistribution, FlowTransform
 from flowppl.pyro.bases import FlowBase
 
@@ -66,7 +67,7 @@ def counted():
 
 def test_transform_agrees_with_autodiff_both_ways(scramble):
     flow, variables = make(SMALL, 3, scramble=scramble)
-    transform = FlowTransform(flow.bijection, variables)
+    transform = FlowTransform(flow.bijection, part_of(variables, "bijection"))
     x = torch.randn(5, 3)
     y = transform(x)
     jacobian = torch.stack([torch.autograd.functional.jacobian(transform, row) for row in x])
@@ -125,7 +126,7 @@ def test_transform_memo_is_not_stale(stale):
 
 def test_transform_shapes_with_context():
     flow, variables = make(SMALL, 3, 2)
-    transform = FlowTransform(flow.bijection, variables, torch.randn(4, 2))
+    transform = FlowTransform(flow.bijection, part_of(variables, "bijection"), torch.randn(4, 2))
     assert transform.forward_shape(torch.Size([5, 1, 3])) == (5, 4, 3)
     assert transform(torch.randn(5, 1, 3)).shape == (5, 4, 3)
     assert transform.event_dim == 1 and transform.domain.event_dim == 1 and transform.bijective
@@ -136,7 +137,7 @@ def test_transform_shapes_with_context():
 def test_transform_inside_a_torch_transformed_distribution(scramble):
     flow, variables = make(SMALL, 3, scramble=scramble)
     plain = dist.TransformedDistribution(
-        dist.Normal(torch.zeros(3), 1.0).to_event(1), [FlowTransform(flow.bijection, variables)]
+        dist.Normal(torch.zeros(3), 1.0).to_event(1), [FlowTransform(flow.bijection, part_of(variables, "bijection"))]
     )
     x = torch.randn(6, 3)
     assert torch.allclose(plain.log_prob(x), FlowDistribution(flow, variables).log_prob(x))
@@ -156,7 +157,8 @@ def test_draw_and_score_agree_with_the_inverse(scramble):
 
 
 def test_scoring_the_draw_is_free_and_other_values_are_inverted(counted):
-    q = FlowDistribution(flows.Flow(counted[0]), counted[1])
+    flow = flows.Flow(counted[0])
+    q = FlowDistribution(flow, flow.init(torch.Generator()))
     x = q()
     q.log_prob(x)
     assert COUNTS == {"forward": 1, "inverse": 0}
@@ -177,7 +179,7 @@ def test_memo_of_a_draw_is_not_stale():
     q = FlowDistribution(flow, variables)
     x = q.rsample()
     with torch.no_grad():
-        variables["params"]["bias"].add_(1.0)
+        variables["params"]["bijection"]["bias"].add_(1.0)
     expected = dist.Normal(torch.ones(2), 1.0).log_prob(x).sum()
     assert torch.allclose(q.log_prob(x), expected)
     x = q.sample()
@@ -336,7 +338,8 @@ def test_dtype_and_device_follow_the_variables(dtype):
 
 @pytest.mark.parametrize("base", [flows.Normal(), flows.StudentT(4.0)])
 def test_base_distribution(base):
-    d = FlowBase(base, 2).expand([3])
+    flow = flows.affine(base=base)(2)
+    d = FlowBase(flow, flow.init(torch.Generator())).expand([3])
     z = d.rsample((5,))
     coordinate = dist.Normal(0.0, 1.0) if isinstance(base, flows.Normal) else dist.StudentT(4.0, 0.0, 1.0)
     assert z.shape == (5, 3, 2) and d.log_prob(z[0, 0]).shape == (3,)
@@ -347,7 +350,7 @@ def test_base_distribution(base):
 def test_nuts_over_a_flow_prior(scramble):
     flow, variables = make(flows.affine(), 2)
     with torch.no_grad():
-        variables["params"]["bias"].add_(torch.tensor([1.0, -1.0]))
+        variables["params"]["bijection"]["bias"].add_(torch.tensor([1.0, -1.0]))
     variables = tree.map(lambda p: p.detach(), variables)
 
     def model():

@@ -30,7 +30,7 @@ def test_same_name_same_arrays_and_no_more_random_numbers():
     assert torch.equal(first.log_prob(x), second.log_prob(x))
     for a, b in zip(tree.leaves(first.variables), tree.leaves(second.variables), strict=True):
         assert torch.equal(a, b)
-    assert first.variables["const"][1]["indices"].dtype == torch.int64
+    assert first.variables["const"]["bijection"][1]["indices"].dtype == torch.int64
 
 
 def test_pyro_seed_decides():
@@ -46,14 +46,14 @@ def test_pyro_seed_decides():
 def test_param_store_saves_it_whole(tmp_path):
     x = torch.randn(4, 6)
     expected = flow_module("q", SHUFFLED).log_prob(x)
-    permutation = flow_module("q", SHUFFLED).variables["const"][1]["indices"]
+    permutation = flow_module("q", SHUFFLED).variables["const"]["bijection"][1]["indices"]
     pyro.get_param_store().save(tmp_path / "store")
     pyro.clear_param_store()
     flow_module("q", SHUFFLED)
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store")
     assert torch.equal(flow_module("q", SHUFFLED).log_prob(x), expected)
-    assert torch.equal(flow_module("q", SHUFFLED).variables["const"][1]["indices"], permutation)
+    assert torch.equal(flow_module("q", SHUFFLED).variables["const"]["bijection"][1]["indices"], permutation)
 
 
 def test_trains_in_model_and_guide():
@@ -64,14 +64,14 @@ def test_trains_in_model_and_guide():
         with pyro.plate("data", 500):
             pyro.sample("x", flow_module("p", SHUFFLED), obs=data)
 
-    permutation = flow_module("p", SHUFFLED).variables["const"][1]["indices"]
+    permutation = flow_module("p", SHUFFLED).variables["const"]["bijection"][1]["indices"]
     svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(300):
         svi.step()
     best = dist.MultivariateNormal(data.mean(0), torch.cov(data.T, correction=0)).log_prob(data).mean()
     flow = flow_module("p", SHUFFLED)
     assert flow.log_prob(data).mean() > best - 0.01
-    assert torch.equal(flow.variables["const"][1]["indices"], permutation)
+    assert torch.equal(flow.variables["const"]["bijection"][1]["indices"], permutation)
 
 
 def test_context_batches_and_dtype():
@@ -88,7 +88,7 @@ def test_module_local_params():
     with pyro.settings.context(module_local_params=True, validate_poutine=False):
         guide = Guide()
         guide()
-        assert "q$$$params/lu" not in pyro.get_param_store()
+        assert "q$$$params/bijection/lu" not in pyro.get_param_store()
 
 
 def test_errors_say_what_to_do():
@@ -108,10 +108,10 @@ def test_errors_say_what_to_do():
 def test_parameters_and_buffers():
     holder = FlowParameters(SHUFFLED.init(None, torch.empty(0)))
     assert all(p.requires_grad and p.is_leaf for p in holder.parameters())
-    assert [name for name, _ in holder.named_buffers()] == ["const/1/indices"]
-    assert holder.to(torch.float64).variables["params"][0]["lu"].dtype == torch.float64
-    assert holder.variables["const"][1]["indices"].dtype == torch.int64
-    assert holder.to("meta").variables["params"][0]["lu"].device.type == "meta"
+    assert [name for name, _ in holder.named_buffers()] == ["const/bijection/1/indices"]
+    assert holder.to(torch.float64).variables["params"]["bijection"][0]["lu"].dtype == torch.float64
+    assert holder.variables["const"]["bijection"][1]["indices"].dtype == torch.int64
+    assert holder.to("meta").variables["params"]["bijection"][0]["lu"].device.type == "meta"
 
 
 def test_state_dict_round_trip(scramble):
@@ -124,11 +124,11 @@ def test_state_dict_round_trip(scramble):
 
 def test_holder_does_not_share_memory_with_what_it_was_given():
     variables = SHUFFLED.init(None, torch.empty(0))
-    before = variables["params"][0]["lu"].clone()
+    before = variables["params"]["bijection"][0]["lu"].clone()
     holder = FlowParameters(variables)
     with torch.no_grad():
-        holder.variables["params"][0]["lu"].add_(1.0)
-    assert torch.equal(variables["params"][0]["lu"], before)
+        holder.variables["params"]["bijection"][0]["lu"].add_(1.0)
+    assert torch.equal(variables["params"]["bijection"][0]["lu"], before)
 
 
 @dataclass(frozen=True)
