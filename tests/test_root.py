@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from flowppl.backend import backend_of
+from flowppl.bijections import watch_solves
 from flowppl.bijections.root import solve_increasing
-from tests.registry import compiled, on, to_numpy
+from tests.registry import compiled, gradient, on, to_numpy
 
 TARGETS = np.float64([-300.0, -2.0, -0.3, 0.0, 1e-8, 0.7, 5.0, 1e4])
 P = 1.7
@@ -139,3 +140,103 @@ def test_where_newtons_method_fails_alone(backend, shape):
     target = f(on(backend, roots))[0]
     found = backend.to_numpy(solve_increasing(f, target, *ends))
     np.testing.assert_allclose(found, roots, rtol=1e-11, atol=1e-12)
+
+
+CURVES = {  # value, slope, and the inverse in numpy; the arc tangent reaches -pi/2 to pi/2 alone, the others everything
+    "line": (lambda xp, x: (x, xp.ones_like(x)), lambda t: t),
+    "cubic": (lambda xp, x: (x**3 + x, 3 * x * x + 1), None),
+    "sinh": (lambda xp, x: (xp.sinh(x), xp.cosh(x)), np.arcsinh),
+    "log-like": (lambda xp, x: (xp.asinh(x), 1 / xp.sqrt(1 + x * x)), np.sinh),
+    "arc tangent": (lambda xp, x: (xp.atan(x), 1 / (1 + x * x)), np.tan),
+}
+
+
+def curve(name):
+    return lambda x: CURVES[name][0](backend_of(x).xp, x)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("ends", ["neither", "lower", "upper"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_end_that_is_not_given_is_found(backend, name, ends, dtype):
+    """At roots of all sizes, from a start at zero or far away, in one batch."""
+    x = np.float64([-3e4, -70.0, -1.0, -1e-3, 0.0, 1e-9, 0.5, 1.0, 64.0, 5e3])
+    x = {"sinh": x[1:-1], "arc tangent": x[2:-2], "log-like": x[1:-1], "line": np.append(x, [-1e30, 1e25])}.get(name, x)
+    f, at = curve(name), on(backend, x, dtype)
+    target = f(at)[0]
+    given = {"lower": {"lower": at - 2 - abs(at)}, "upper": {"upper": at + 2 + 3 * abs(at)}}.get(ends, {})
+    found = backend.to_numpy(compiled(backend, lambda t, g: solve_increasing(f, t, **g))(target, given))
+    assert found.dtype == dtype
+    value, slope = to_numpy(backend, f(at))
+    bound = 16 * np.finfo(dtype).eps * (1e-3 + np.abs(x) + np.abs(value) / slope)
+    assert np.all(np.abs(found - x) <= bound), (found, x)
+
+
+def test_out_of_reach_is_nan_and_its_neighbours_are_not(backend):
+    """The value is NaN and never where the search ended; derivatives of the others are right, the missed ones' zero."""
+    targets = np.float64([-2.0, -1.5, 0.0, 1.0, 1.6, 1e9, np.inf, np.nan])
+    inside = np.abs(targets) < np.pi / 2
+    for dtype in ("float32", "float64"):
+        t = on(backend, targets, dtype)
+        found = to_numpy(backend, compiled(backend, lambda t: solve_increasing(curve("arc tangent"), t))(t))
+        assert np.all(np.isnan(found) == ~inside)
+        np.testing.assert_allclose(found[inside], np.tan(targets[inside]), rtol=1e-12 if dtype == "float64" else 1e-5)
+
+    def loss(p, t):
+        x = solve_increasing(lambda x: (p * backend.xp.atan(x), p / (1 + x * x)), t)
+        return backend.xp.where(on(backend, inside), x, 0 * t).sum(), x
+
+    grads = to_numpy(backend, gradient(backend, loss, *on(backend, (np.float64(1.0), targets)))[1])
+    expected = np.where(inside, 1 + np.tan(np.where(inside, targets, 0)) ** 2, 0)
+    np.testing.assert_allclose(grads[1], expected, rtol=1e-12)
+    np.testing.assert_allclose(grads[0], -np.sum(expected[inside] * targets[inside]), rtol=1e-12)
+
+
+def test_out_of_reach_beyond_a_given_end_is_nan(backend):
+    """Where one end is given, a target on its wrong side is noticed too; one that it meets up to rounding is not."""
+    zero = on(backend, np.zeros(4))
+    targets = on(backend, np.float64([-0.1, -1e-17, 0.0, 2.0]))
+    found = backend.to_numpy(solve_increasing(curve("cubic"), targets, lower=zero))
+    np.testing.assert_allclose(found, [np.nan, 0, 0, 1], atol=1e-15)
+    found = backend.to_numpy(solve_increasing(curve("cubic"), -targets, upper=zero))
+    np.testing.assert_allclose(found, [np.nan, 0, 0, -1], atol=1e-15)
+
+
+def test_out_of_reach_maps(backend):
+    targets = on(backend, np.float64([-9.0, 0.3, 9.0]))
+    found = compiled(backend, backend.vmap(lambda t: solve_increasing(curve("arc tangent"), t)))(targets)
+    np.testing.assert_allclose(backend.to_numpy(found), [np.nan, np.tan(0.3), np.nan], rtol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "numpy"], indirect=True, scope="session")
+def test_out_of_reach_is_counted(backend):
+    targets = on(backend, np.float64([-9.0, 0.3, 9.0, 1.2]))
+    with watch_solves() as solves:
+        found = backend.to_numpy(solve_increasing(curve("arc tangent"), targets))
+    assert list(np.isnan(found)) == [True, False, True, False]
+    assert [(s.method, s.unsolved) for s in solves] == [("root", 2)]
+
+
+def test_expansion_has_two_derivatives(backend):
+    def solve(p, t):
+        return solve_increasing(sinh(p), t)
+
+    for actual, exact in zip(derivatives(backend, solve), closed_form(P, TARGETS), strict=True):
+        assert relative(actual, exact) < 1e-12
+
+
+def test_known_ends_cost_no_evaluation_more():
+    """As many evaluations as before brackets could grow: a step and its test each, and two at the end."""
+    calls = []
+
+    def f(x):
+        calls.append(1)
+        return x + 0.5 * np.sin(x), 1 + 0.5 * np.cos(x)
+
+    target = np.float64([0.3, -2.0])
+    solve_increasing(f, target, target - 1, target + 1)
+    known = len(calls)
+    assert known % 2 == 1 and known <= 15
+    calls.clear()
+    solve_increasing(f, target)
+    assert len(calls) <= known + 6

@@ -57,7 +57,7 @@ def index_add(x: Array, idx: Array, v: Array, axis: int) -> Array:
 
 # Special functions
 
-erf, ndtri = jax.scipy.special.erf, jax.scipy.special.ndtri
+erf, ndtri, log_ndtr = jax.scipy.special.erf, jax.scipy.special.ndtri, jax.scipy.special.log_ndtr
 lgamma, digamma = jax.scipy.special.gammaln, jax.scipy.special.digamma
 relu, silu, softplus = jax.nn.relu, jax.nn.silu, jax.nn.softplus
 gelu = partial(jax.nn.gelu, approximate=False)

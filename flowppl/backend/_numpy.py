@@ -66,7 +66,7 @@ def _special(name: str, x: Array) -> Array:
     return getattr(scipy.special, name)(x)
 
 
-erf, ndtri = partial(_special, "erf"), partial(_special, "ndtri")
+erf, ndtri, log_ndtr = partial(_special, "erf"), partial(_special, "ndtri"), partial(_special, "log_ndtr")
 lgamma, digamma = partial(_special, "gammaln"), partial(_special, "digamma")
 
 

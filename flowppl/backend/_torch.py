@@ -92,7 +92,13 @@ def index_add(x: Tensor, idx: Tensor, v: Tensor, axis: int) -> Tensor:
 
 # Special functions
 
-erf, ndtri, lgamma, digamma = torch.erf, torch.special.ndtri, torch.lgamma, torch.digamma
+erf, ndtri, log_ndtr, lgamma, digamma = (
+    torch.erf,
+    torch.special.ndtri,
+    torch.special.log_ndtr,
+    torch.lgamma,
+    torch.digamma,
+)
 relu, silu, gelu = torch.relu, F.silu, F.gelu
 
 
