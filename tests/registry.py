@@ -27,7 +27,7 @@ from flowppl.bijections import (
     Stack,
     bind,
 )
-from flowppl.flows import Flow, StudentT, recipes
+from flowppl.flows import CircularUniform, Flow, Mixture, Product, StudentT, recipes
 
 Array = Any
 
@@ -38,11 +38,16 @@ SMALL = {"layers": 3, "hidden": HIDDEN, "bins": 4, "bound": BOUND}
 SPLINE = RQSpline(4, BOUND)
 
 
-def registered(name: str, dim: int, context_dim: int = 0, **options: Any) -> Flow:
-    """The registered flow in a small size."""
+def small(name: str, **options: Any) -> flows.Recipe:
+    """The registered recipe in a small size."""
     known = inspect.signature(recipes._RECIPES[name]).parameters
     given = {"options": tuple(sorted((k, v) for k, v in SMALL.items() if k in known)), **options}
-    return flows.Recipe(name, **given)(dim, context_dim)
+    return flows.Recipe(name, **given)
+
+
+def registered(name: str, dim: int, context_dim: int = 0, **options: Any) -> Flow:
+    """The registered flow in a small size."""
+    return small(name, **options)(dim, context_dim)
 
 
 def _maf(transformer: Any, dim: int, context_dim: int = 0) -> Bijection:
@@ -79,7 +84,13 @@ CASES: dict[str, Flow] = {
     "permutation-5-0": Flow(Permutation(5)),
     "nested-5-2": Flow(_nested(5, 2)),
     "student-t-2-1": registered("realnvp", 2, 1, base=StudentT(4.0)),
+    "mixture-2-0": Flow(LULinear(2), Mixture(3)),
+    "torus-2-0": small("nsf").with_circular((0, 1), False)(2),
+    "torus-4-1": small("nsf").with_circular((2, 0), False)(4, 1),
+    "torus-3-0": flows.nsf(**{**SMALL, "layers": 1}).with_circular((1,), True)(3),
 }
+# Long compositions whose parameters depend on points far out: there they are ill-conditioned, and not compared.
+ILL_CONDITIONED_FAR_OUT = ("nested", "torus-4")
 # One flow of each kind, for what need not be tried in every shape.
 FEW = [
     *(f"{name}-5-3" for name in flows.names()),
@@ -117,6 +128,9 @@ def points(flow: Flow, where: str = "near") -> Points:
     else:
         z[:4] = np.asarray([BOUND, -BOUND, 1e3, -1e6])[:, None]
         z[4:, -1] = 1e3, -1e6
+    if isinstance(flow.base, CircularUniform | Product):
+        angles = flow.dim if isinstance(flow.base, CircularUniform) else flow.base.dims[0]
+        z[:, :angles] = (z[:, :angles] + np.pi) % (2 * np.pi) - np.pi
     context = rng.standard_normal((n, c)) if c else None
     shapes = ((n, d), (n,), (n, d), (n, c))
     return Points(z, context, tuple(rng.standard_normal(s) for s in shapes))

@@ -124,3 +124,11 @@ def broadcast(x: Array, context: Array | None, context_dim: int) -> tuple[Array,
 def join(x: Array, context: Array | None) -> Array:
     """The input of a conditioner: x and, where there is one, the context behind it."""
     return x if context is None else backend_of(x).xp.concat([x, context], axis=-1)
+
+
+def pick(x: Array, order: tuple[int, ...]) -> Array:
+    """The coordinates x[..., order], for an order known in advance: by slices of its runs, without an index array."""
+    starts = [i for i in range(len(order)) if i == 0 or order[i] != order[i - 1] + 1]
+    runs = [(order[i], order[j - 1] + 1) for i, j in zip(starts, [*starts[1:], len(order)], strict=False)]
+    pieces = [x[..., a:b] for a, b in runs]
+    return backend_of(x).xp.concat(pieces, axis=-1) if pieces else x[..., :0]

@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flowppl.bijections import Chain, LULinear
+from flowppl.bijections import Chain, LULinear, TorusEnd
 from flowppl.bijections.base import Array
 from flowppl.flows.flow import Flow
 
 
 def with_affine_end(flow: Flow) -> Flow:
     """Returns the flow, with an affine layer appended unless it ends with one."""
-    bijection = flow.bijection
-    if isinstance(_last(bijection), LULinear):
+    if isinstance(_last(flow.bijection), LULinear | TorusEnd):
         return flow
-    return replace(flow, bijection=Chain((bijection, LULinear(flow.dim))))
+    return replace(flow, bijection=Chain((flow.bijection, LULinear(flow.dim))))
 
 
 def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) -> dict[str, Any]:
-    """Returns the variables with the affine end set to x -> loc + scale_tril x.
+    """Returns the variables with the affine end set to x -> loc + scale_tril x (angles are shifted alone).
 
     Args:
         flow: A flow that ends with an affine layer.
@@ -27,9 +26,10 @@ def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) 
         loc: `(dim,)`.
         scale_tril: `(dim, dim)`, lower triangular with a positive diagonal.
     """
-    end = LULinear.from_cholesky(loc, scale_tril)
+    bijection = flow.bijection
+    end = _last(bijection).from_cholesky(loc, scale_tril)
     params = variables["params"]["bijection"]
-    placed = end if isinstance(flow.bijection, LULinear) else (*params[:-1], end)
+    placed = (*params[:-1], end) if isinstance(bijection, Chain) else end
     return {**variables, "params": {**variables["params"], "bijection": placed}}
 
 

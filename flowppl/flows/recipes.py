@@ -12,18 +12,21 @@ from flowppl.bijections import (
     Affine,
     Bijection,
     Chain,
+    CircularSpline,
     Composed,
     Coupling,
     Elementwise,
+    Keep,
     LULinear,
     Planar,
     Rotation,
     RQSpline,
     Stack,
+    TorusEnd,
     Transformer,
 )
 from flowppl.errors import DimensionError, UnknownFlowError
-from flowppl.flows.bases import Base, Normal
+from flowppl.flows.bases import Base, CircularUniform, Normal, Product
 from flowppl.flows.flow import Flow
 
 _RECIPES: dict[str, Callable[..., Bijection]] = {}
@@ -51,7 +54,29 @@ class Recipe:
         """
         if dim < 1 or context_dim < 0:
             raise DimensionError(f"expected dim >= 1 and context_dim >= 0, got dim={dim}, context_dim={context_dim}")
-        return Flow(_RECIPES[self.name](dim, context_dim, **dict(self.options)), self.base)
+        options = dict(self.options)
+        return Flow(_RECIPES[self.name](dim, context_dim, **options), self._base(dim, len(options.get("circular", ()))))
+
+    def _base(self, dim: int, angles: int) -> Base:
+        """The base, with uniform angles in front where there are some."""
+        if not angles:
+            return self.base
+        return CircularUniform() if angles == dim else Product((CircularUniform(), self.base), (angles, dim - angles))
+
+    def with_circular(self, circular: tuple[int, ...], boxed: bool) -> Recipe:
+        """The recipe of the same flow in which some coordinates are angles.
+
+        Args:
+            circular: Which.
+            boxed: Whether the flow is over u, the angle being 2 pi sigmoid(u) - pi.
+
+        Raises:
+            UnknownFlowError: this kind of flow knows no angles.
+        """
+        if "circular" not in inspect.signature(_RECIPES[self.name]).parameters:
+            raise UnknownFlowError(f"flow {self.name!r} has no circular coordinates, which angles need: use 'nsf'")
+        options = {**dict(self.options), "circular": circular, "boxed": boxed}
+        return Recipe(self.name, tuple(sorted(options.items())), self.base)
 
 
 def register(name: str) -> Callable[[Callable[..., Bijection]], Callable[..., Recipe]]:
@@ -160,6 +185,8 @@ def nsf(
     activation: str = "silu",
     linear: bool = True,
     affine: bool = True,
+    circular: tuple[int, ...] = (),
+    boxed: bool = False,
 ) -> Bijection:
     """Neural spline flow: rational-quadratic spline couplings with learned linear mixing. Durkan et al. 2019.
 
@@ -176,9 +203,17 @@ def nsf(
         activation: The conditioners' activation.
         linear: Whether an LU-factorised linear map precedes each coupling.
         affine: Whether an affine map with a bounded scale follows each spline.
+        circular: Which coordinates are angles in [-pi, pi): circular splines move them, and networks see their sines and cosines.
+            Rezende et al. 2020, "Normalizing flows on tori and spheres".
+        boxed: Whether angles come out as u, the angle being 2 pi sigmoid(u) - pi, as NumPyro's guides have them.
     """
     spline = RQSpline(bins, bound)
     transformer = Composed(spline, Affine()) if affine else spline
+    if circular:
+        groups = _halves(len(circular), True) + _halves(dim - len(circular), False)
+        transformers: dict[bool, Transformer] = {True: CircularSpline(bins), False: transformer}
+        block = _mixed_couplings(groups, transformers, context_dim, tuple(hidden), activation, linear)
+        return Chain((Stack(block, layers), TorusEnd(dim, tuple(circular), boxed)))
     return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear)
 
 
@@ -238,3 +273,29 @@ def _couplings(
     block = (*mixing, coupling, *rotation(kept))
     body = Stack(Chain(block), layers)
     return Chain((body, *rotation(-kept * layers), LULinear(dim)))
+
+
+def _halves(n: int, angles: bool) -> list[tuple[int, bool]]:
+    """Sizes of the groups that move together, and whether they are angles."""
+    return [(size, angles) for size in (n // 2, n - n // 2) if size]
+
+
+def _mixed_couplings(
+    groups: list[tuple[int, bool]],
+    transformers: dict[bool, Transformer],
+    context_dim: int,
+    hidden: tuple[int, ...],
+    activation: str,
+    linear: bool,
+) -> Bijection:
+    """Every group of coordinates moves once, given all the others; the order is the same in the end."""
+    kinds = [angles for size, angles in groups for _ in range(size)]
+    dim, num_angles = len(kinds), sum(kinds)
+    mix = linear and num_angles < dim
+    layers: list[Bijection] = [Keep(num_angles, LULinear(dim - num_angles))] if mix else []
+    for moved, angles in reversed(groups):
+        kept = tuple(i for i, is_angle in enumerate(kinds[: dim - moved]) if is_angle)
+        layers.append(Coupling(dim, transformers[angles], context_dim, hidden, activation, moved, kept))
+        kinds = kinds[dim - moved :] + kinds[: dim - moved]
+        layers += [Rotation(dim, dim - moved)] if moved < dim else []
+    return Chain(tuple(layers))
