@@ -54,6 +54,13 @@ def _maf(transformer: Any, dim: int, context_dim: int = 0) -> Bijection:
     return MaskedAutoregressive(dim, transformer, context_dim, HIDDEN)
 
 
+def _shared(dim: int, context_dim: int = 0) -> Bijection:
+    """Layers that share one network and have linear maps of their own."""
+    return Stack(
+        Chain((LULinear(dim), Coupling(dim, SPLINE, context_dim + 2, HIDDEN), Permutation(dim))), 2, embedding=2
+    )
+
+
 def _nested(dim: int, context_dim: int = 0) -> Bijection:
     """Every way to compose, inside one another, with parts that take a context and parts that do not."""
     coupling = Chain((Coupling(dim, SPLINE, context_dim, HIDDEN), Permutation(dim)))
@@ -82,6 +89,8 @@ CASES: dict[str, Flow] = {
     "elementwise-spline-2-3": Flow(Elementwise(2, SPLINE, 3, HIDDEN)),
     "composed-2-2": Flow(Elementwise(2, Composed(Composed(SPLINE, Affine()), RQSpline(3, 2.0)), 2, HIDDEN)),
     "permutation-5-0": Flow(Permutation(5)),
+    "shared-2-0": Flow(_shared(2)),
+    "shared-5-2": Flow(_shared(5, 2)),
     "nested-5-2": Flow(_nested(5, 2)),
     "student-t-2-1": registered("realnvp", 2, 1, base=StudentT(4.0)),
     "mixture-2-0": Flow(LULinear(2), Mixture(3)),

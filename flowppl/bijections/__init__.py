@@ -4,7 +4,7 @@ from flowppl.bijections.affine import Affine
 from flowppl.bijections.autoregressive import MaskedAutoregressive
 from flowppl.bijections.base import Bijection, bind
 from flowppl.bijections.circular import CircularSpline
-from flowppl.bijections.compose import Chain, Inverse, Stack
+from flowppl.bijections.compose import Chain, Inverse
 from flowppl.bijections.coupling import Coupling
 from flowppl.bijections.deep_sigmoid import DeepSigmoid
 from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
@@ -14,6 +14,7 @@ from flowppl.bijections.polynomial import SumOfSquares
 from flowppl.bijections.root import solve_increasing
 from flowppl.bijections.solves import Solve, watch_solves
 from flowppl.bijections.spline import RQSpline
+from flowppl.bijections.stack import Stack
 from flowppl.bijections.tails import ExtremeTails
 from flowppl.bijections.torus import Keep, TorusEnd
 

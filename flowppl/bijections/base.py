@@ -92,14 +92,15 @@ def bind(variables: dict[str, Any]) -> Params:
     """Joins what `init` returned into the one tree that the maps take; no derivative reaches the constants."""
     const = variables["const"]
     leaves = tree.leaves(const)
-    return _merge(variables["params"], backend_of(*leaves).stop(const) if leaves else const)
+    return merge(variables["params"], backend_of(*leaves).stop(const) if leaves else const)
 
 
-def _merge(a: Any, b: Any) -> Any:
+def merge(a: Any, b: Any) -> Any:
+    """Joins two trees whose leaves have different names."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return {k: _merge(a[k], b[k]) if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}
+        return {k: merge(a[k], b[k]) if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return tuple(_merge(x, y) for x, y in zip(a, b, strict=True))
+        return tuple(merge(x, y) for x, y in zip(a, b, strict=True))
     raise TypeError("init gives one name to a trained and to a constant array")
 
 

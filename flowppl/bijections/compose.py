@@ -1,11 +1,10 @@
-"""Bijections made of bijections: in sequence, stacked on a leading axis, inverted."""
+"""Bijections made of bijections: in sequence, and inverted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from flowppl import tree
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections.base import Array, Bijection, Params, broadcast
 from flowppl.errors import DimensionError
@@ -79,78 +78,6 @@ class Chain(Bijection):
             x, term, score, score_context = bijection.forward_with_score(p, x, score, context, score_context)
             log_det = log_det + term
         return x, log_det, score, score_context
-
-
-@dataclass(frozen=True)
-class Stack(Bijection):
-    """`depth` copies of one bijection with arrays of their own, on a leading axis and scanned: compile time is flat in depth.
-
-    Attributes:
-        layer: The repeated bijection.
-        depth: How often.
-    """
-
-    layer: Bijection
-    depth: int
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
-
-    @property
-    def dim(self) -> int:  # type: ignore[override]
-        """Length of the vectors."""
-        return self.layer.dim
-
-    @property
-    def context_dim(self) -> int:  # type: ignore[override]
-        """Length of the context."""
-        return self.layer.context_dim
-
-    def init(self, rng: Any) -> dict[str, Any]:
-        """Draws each layer's arrays and stacks them."""
-        keys = backend_of_rng(rng).split(rng, self.depth)
-        return tree.stack([self.layer.init(keys[i]) for i in range(self.depth)])
-
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        return self._scan(self.layer.forward, params, x, context)
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`: the scan runs over the layers from the last to the first."""
-        return self._scan(self.layer.inverse, params, y, context, reverse=True)
-
-    def _scan(
-        self, step: Any, params: Params, x: Array, context: Array | None, reverse: bool = False
-    ) -> tuple[Array, Array]:
-        backend = backend_of(x)
-        x, context = broadcast(x, context, self.context_dim)
-
-        def body(carry: tuple[Array, Array], p: Params) -> tuple[tuple[Array, Array], None]:
-            x, log_det = carry
-            x, term = step(p, x, context)
-            return (x, log_det + term), None
-
-        return backend.scan(body, (x, backend.xp.zeros_like(x[..., 0])), params, reverse=reverse)[0]
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """See `Bijection.forward_with_score`."""
-        backend = backend_of(x)
-        x, context = broadcast(x, context, self.context_dim)
-
-        def body(carry: Any, p: Params) -> tuple[Any, None]:
-            x, log_det, score, score_context = carry
-            x, term, score, score_context = self.layer.forward_with_score(p, x, score, context, score_context)
-            return (x, log_det + term, score, score_context), None
-
-        return backend.scan(body, (x, backend.xp.zeros_like(x[..., 0]), score, score_context), params)[0]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from flowppl.bijections import (
     TorusEnd,
     Transformer,
 )
-from flowppl.errors import DimensionError, UnknownFlowError
+from flowppl.errors import DimensionError, UnknownFlowError, UnsupportedModelError
 from flowppl.flows.bases import Base, CircularUniform, Normal, Product
 from flowppl.flows.flow import Flow
 
@@ -71,10 +71,10 @@ class Recipe:
             boxed: Whether the flow is over u, the angle being 2 pi sigmoid(u) - pi.
 
         Raises:
-            UnknownFlowError: this kind of flow knows no angles.
+            UnsupportedModelError: this kind of flow knows no angles.
         """
         if "circular" not in inspect.signature(_RECIPES[self.name]).parameters:
-            raise UnknownFlowError(f"flow {self.name!r} has no circular coordinates, which angles need: use 'nsf'")
+            raise UnsupportedModelError(f"flow {self.name!r} has no circular coordinates, which angles need: use 'nsf'")
         options = {**dict(self.options), "circular": circular, "boxed": boxed}
         return Recipe(self.name, tuple(sorted(options.items())), self.base)
 
@@ -159,6 +159,26 @@ def resolve(flow: str | Recipe | Flow, dim: int | None = None, context: Any = No
     return get(flow)(dim, known_context_dim if context is None else context.shape[-1])
 
 
+def over_latents(flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequence[bool], boxed: bool) -> Flow:
+    """Returns the flow of a guide over a model's flat latents, some of which may be angles.
+
+    Args:
+        flow: A name or a recipe, which learns of the angles, or a ready flow, which knows about them itself.
+        sizes: How many coordinates of the flat vector each site has.
+        angles: Whether they are angles.
+        boxed: Whether they are u, the angle being 2 pi sigmoid(u) - pi.
+
+    Raises:
+        UnsupportedModelError: there are angles and the flow knows none.
+    """
+    kinds = [angle for size, angle in zip(sizes, angles, strict=True) for _ in range(size)]
+    circular, dim = tuple(i for i, angle in enumerate(kinds) if angle), len(kinds)
+    if circular and not isinstance(flow, Flow):
+        recipe = flow if isinstance(flow, Recipe) else Recipe(flow)
+        return recipe.with_circular(circular, boxed)(dim)
+    return get(flow)(dim)
+
+
 @register("affine")
 def affine(dim: int, context_dim: int, *, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
     """An affine map of full rank: a multivariate normal, on a normal base.
@@ -185,6 +205,7 @@ def nsf(
     activation: str = "silu",
     linear: bool = True,
     affine: bool = True,
+    embedding: int = 0,
     circular: tuple[int, ...] = (),
     boxed: bool = False,
 ) -> Bijection:
@@ -203,6 +224,8 @@ def nsf(
         activation: The conditioners' activation.
         linear: Whether an LU-factorised linear map precedes each coupling.
         affine: Whether an affine map with a bounded scale follows each spline.
+        embedding: Given a length, the couplings share one network, and each has a learned vector of this length. Lee et al. 2020,
+            "NanoFlow".
         circular: Which coordinates are angles in [-pi, pi): circular splines move them, and networks see their sines and cosines.
             Rezende et al. 2020, "Normalizing flows on tori and spheres".
         boxed: Whether angles come out as u, the angle being 2 pi sigmoid(u) - pi, as NumPyro's guides have them.
@@ -212,9 +235,9 @@ def nsf(
     if circular:
         groups = _halves(len(circular), True) + _halves(dim - len(circular), False)
         transformers: dict[bool, Transformer] = {True: CircularSpline(bins), False: transformer}
-        block = _mixed_couplings(groups, transformers, context_dim, tuple(hidden), activation, linear)
-        return Chain((Stack(block, layers), TorusEnd(dim, tuple(circular), boxed)))
-    return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear)
+        block = _mixed_couplings(groups, transformers, context_dim + embedding, tuple(hidden), activation, linear)
+        return Chain((Stack(block, layers, embedding), TorusEnd(dim, tuple(circular), boxed)))
+    return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear, embedding)
 
 
 @register("realnvp")
@@ -240,6 +263,85 @@ def realnvp(
     return _couplings(dim, Affine(), context_dim, layers, hidden, activation, linear)
 
 
+@register("maf")
+def maf(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 5,
+    transformer: str | Transformer = "affine",
+    hidden: tuple[int, ...] = (64, 64),
+    activation: str = "silu",
+    linear: bool = True,
+) -> Bijection:
+    """Masked autoregressive flow: a density in one pass, draws by fixed-point sweeps. Papamakarios et al. 2017.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of autoregressive maps; the order of the coordinates is reversed after each.
+        transformer: The map of each coordinate: "affine"; "spline", for an autoregressive neural spline flow (Durkan et al.
+            2019); "deep_sigmoid", for a neural autoregressive flow (Huang et al. 2018); "sum_of_squares" (Jaini et al. 2019); or
+            a `Transformer`.
+        hidden: Widths of each masked network's hidden layers.
+        activation: The networks' activation.
+        linear: Whether an LU-factorised linear map precedes each map.
+    """
+    return _autoregressive(dim, transformer, context_dim, layers, hidden, activation, linear, density=True)
+
+
+@register("iaf")
+def iaf(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 5,
+    transformer: str | Transformer = "affine",
+    hidden: tuple[int, ...] = (64, 64),
+    activation: str = "silu",
+    linear: bool = True,
+) -> Bijection:
+    """Inverse autoregressive flow: draws in one pass, the density of other points by fixed-point sweeps. Kingma et al. 2016.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of autoregressive maps; the order of the coordinates is reversed after each.
+        transformer: The map of each coordinate, see `maf`.
+        hidden: Widths of each masked network's hidden layers.
+        activation: The networks' activation.
+        linear: Whether an LU-factorised linear map precedes each map.
+    """
+    return _autoregressive(dim, transformer, context_dim, layers, hidden, activation, linear, density=False)
+
+
+@register("ttf")
+def ttf(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 8,
+    hidden: tuple[int, ...] = (64, 64),
+    bins: int = 8,
+    activation: str = "silu",
+) -> Bijection:
+    """Tail transform flow: a neural spline flow with learned power tails, left and right, at each coordinate of its end.
+
+    It does not start as the identity, since its tails are heavy from the start. Hickling & Prangle 2025, "Flexible tails for
+    normalizing flows".
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of couplings.
+        hidden: Widths of each conditioner's hidden layers.
+        bins: Bins of each spline.
+        activation: The conditioners' activation.
+    """
+    body = _couplings(dim, Composed(RQSpline(bins), Affine()), context_dim, layers, hidden, activation, True)
+    return Chain((body, Elementwise(dim, ExtremeTails()), Elementwise(dim, Affine())))
+
+
 @register("planar")
 def planar(dim: int, context_dim: int, *, layers: int = 16, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
     """Planar flow that scores any point. Rezende and Mohamed 2015.
@@ -261,9 +363,10 @@ def _couplings(
     hidden: tuple[int, ...],
     activation: str,
     linear: bool,
+    embedding: int = 0,
 ) -> Bijection:
     """Couplings whose roles change by a rotation of the coordinates, rotated back and mapped affinely at the end."""
-    coupling = Coupling(dim, transformer, context_dim, tuple(hidden), activation)
+    coupling = Coupling(dim, transformer, context_dim + embedding, tuple(hidden), activation)
     kept = coupling.kept
 
     def rotation(by: int) -> tuple[Rotation, ...]:
@@ -271,7 +374,7 @@ def _couplings(
 
     mixing = (LULinear(dim),) if linear else ()
     block = (*mixing, coupling, *rotation(kept))
-    body = Stack(Chain(block), layers)
+    body = Stack(Chain(block), layers, embedding)
     return Chain((body, *rotation(-kept * layers), LULinear(dim)))
 
 
@@ -299,3 +402,33 @@ def _mixed_couplings(
         kinds = kinds[dim - moved :] + kinds[: dim - moved]
         layers += [Rotation(dim, dim - moved)] if moved < dim else []
     return Chain(tuple(layers))
+
+
+_TRANSFORMERS: dict[str, Transformer] = {
+    "affine": Affine(),
+    "spline": Composed(RQSpline(), Affine()),
+    "deep_sigmoid": Composed(DeepSigmoid(), Affine()),
+    "sum_of_squares": SumOfSquares(),
+}
+
+
+def _autoregressive(
+    dim: int,
+    transformer: str | Transformer,
+    context_dim: int,
+    layers: int,
+    hidden: tuple[int, ...],
+    activation: str,
+    linear: bool,
+    density: bool,
+) -> Bijection:
+    """Autoregressive maps in alternating orders, and an affine map at the end."""
+    if isinstance(transformer, str):
+        if transformer not in _TRANSFORMERS:
+            raise ValueError(f"transformer must be one of {', '.join(_TRANSFORMERS)}, got {transformer!r}")
+        transformer = _TRANSFORMERS[transformer]
+    one_pass = MaskedAutoregressive(dim, transformer, context_dim, tuple(hidden), activation)
+    mixing = (LULinear(dim),) if linear else ()
+    block = Chain((*mixing, Inverse(one_pass) if density else one_pass, Reversal(dim)))
+    back = (Reversal(dim),) if layers % 2 else ()
+    return Chain((Stack(block, layers), *back, LULinear(dim)))

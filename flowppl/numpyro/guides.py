@@ -18,6 +18,7 @@ from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import place, with_affine_end
+from flowppl.flows.recipes import over_latents
 from flowppl.laplace import laplace
 from flowppl.numpyro.bases import FlowBase
 from flowppl.numpyro.density import LogDensity
@@ -25,6 +26,7 @@ from flowppl.numpyro.distributions import FlowDistribution
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.flat_guide import FlatGuide
 from flowppl.numpyro.modules import as_params, register
+from flowppl.numpyro.sites import is_angle
 from flowppl.objectives import check_gradient
 
 Array = Any
@@ -35,7 +37,8 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. It works wherever
+    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites whose support is
+    `constraints.circular`, such as those of `VonMises`, get coordinates on the circle. It works wherever
     NumPyro's own continuous guides do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`.
 
     Args:
@@ -82,7 +85,8 @@ class AutoFlow(FlatGuide):
         super().__init__(model, prefix, init_loc_fn)
 
     def _setup_flow(self) -> None:
-        self._flow = with_affine_end(flows.get(self._choice)(self.latent_dim))
+        angles = [is_angle(self.prototype_trace[name]["fn"]) for name in self._layout.names]
+        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, angles, boxed=True))
         self._start_at = self._init_latent, self._init_scale * np.eye(self.latent_dim)
 
     @property

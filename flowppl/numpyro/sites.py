@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from numpyro import handlers
-from numpyro.distributions import biject_to
+from numpyro.distributions import biject_to, constraints
 from numpyro.infer.initialization import init_to_uniform
 
 from flowppl.errors import UnsupportedModelError
@@ -63,6 +63,14 @@ def refuse_moving_supports(here: Trace, elsewhere: Trace) -> None:
                 f"the support of site {name!r} depends on other latents, and NumPyro's guides map onto a fixed one: "
                 "sample a standardised variable instead, such as Uniform(0, 1), and scale it with numpyro.deterministic"
             )
+
+
+def is_angle(fn: Any) -> bool:
+    """Whether the values of a distribution are angles, by its support."""
+    support = fn.support
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    return support is constraints.circular
 
 
 class Layout:

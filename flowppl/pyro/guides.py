@@ -18,6 +18,7 @@ from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import place, with_affine_end
 from flowppl.flows.flow import part_of
+from flowppl.flows.recipes import over_latents
 from flowppl.laplace import laplace
 from flowppl.objectives import check_gradient
 from flowppl.pyro.bases import FlowBase
@@ -25,6 +26,7 @@ from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
+from flowppl.pyro.sites import is_angle
 
 _QUANTILE_DRAWS = 10_000
 
@@ -33,9 +35,10 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. It works wherever Pyro's
-    own continuous guides do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`. Discrete sites that
-    `config_enumerate` marks are left to TraceEnum_ELBO.
+    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites with a `VonMises` or
+    `SineBivariateVonMises` distribution get coordinates on the circle. It works wherever Pyro's own continuous guides
+    do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`. Discrete sites that `config_enumerate` marks
+    are left to TraceEnum_ELBO.
 
     Args:
         model: The model.
@@ -82,7 +85,8 @@ class AutoFlow(FlatGuide):
 
     def _setup_flow(self) -> None:
         loc = self._layout.start
-        self._flow = with_affine_end(flows.get(self._choice)(len(loc)))
+        angles = [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
+        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, angles, boxed=False))
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         self.flow_parameters = FlowParameters(place(self._flow, self._flow.init(None, loc), loc, scale_tril))
 

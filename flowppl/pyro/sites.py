@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Independent, SineBivariateVonMises, SineSkewed, VonMises
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide import init_to_median
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -75,6 +76,13 @@ def start_from(init_loc_fn: Callable = init_to_median) -> Callable:
             return bijection(torch.zeros(bijection.inverse_shape(site["fn"].shape())))
 
     return init
+
+
+def is_angle(fn: Any) -> bool:
+    """Whether the values of a distribution are angles, by its kind: torch has no constraint for them."""
+    while isinstance(fn, Independent | MaskedDistribution | SineSkewed):
+        fn = fn.base_dist
+    return isinstance(fn, VonMises | SineBivariateVonMises)
 
 
 class Layout:
