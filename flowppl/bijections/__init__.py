@@ -6,7 +6,8 @@ from flowppl.bijections.base import Bijection, bind
 from flowppl.bijections.compose import Chain, Inverse, Stack
 from flowppl.bijections.coupling import Coupling
 from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
-from flowppl.bijections.linear import LULinear, Permutation, Rotation
+from flowppl.bijections.linear import LULinear
+from flowppl.bijections.permutations import Permutation, Rotation
 from flowppl.bijections.planar import Planar
 from flowppl.bijections.root import solve_increasing
 from flowppl.bijections.solves import Solve, watch_solves
