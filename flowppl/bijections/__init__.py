@@ -8,7 +8,8 @@ from flowppl.bijections.compose import Chain, Inverse
 from flowppl.bijections.coupling import Coupling
 from flowppl.bijections.deep_sigmoid import DeepSigmoid
 from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
-from flowppl.bijections.linear import LULinear, Permutation, Rotation
+from flowppl.bijections.linear import LULinear
+from flowppl.bijections.permutations import Permutation, Rotation
 from flowppl.bijections.planar import Planar
 from flowppl.bijections.polynomial import SumOfSquares
 from flowppl.bijections.root import solve_increasing

@@ -88,6 +88,14 @@ def pull_through_inverse(
     return backend.stop(score), backend.stop(score_context + from_context)
 
 
+def score_of_context(forward: Any, params: Params, x: Array, context: Array, score: Array, score_context: Any) -> Array:
+    """s_c - (dT/dc)^T g' - d log|det J| / dc, by one pullback through `forward(params, x, context)`, with g' the new score."""
+    backend = backend_of(x)
+    params, x = backend.stop(params), backend.stop(x)
+    (_, log_det), pull = backend.vjp(lambda c: forward(params, x, c), backend.stop(context), once=True)
+    return backend.stop(score_context - pull((score, backend.xp.ones_like(log_det)))[0])
+
+
 def bind(variables: dict[str, Any]) -> Params:
     """Joins what `init` returned into the one tree that the maps take; no derivative reaches the constants."""
     const = variables["const"]

@@ -1,16 +1,94 @@
-"""Linear maps: LU-factorised and permutations."""
+"""Linear maps as products of factors that are easily solved."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowppl.backend import backend_of, backend_of_rng
+from flowppl.bijections.affine import soft_clip
 from flowppl.bijections.base import Array, Bijection, Params
+from flowppl.errors import DimensionError
+
+_MAX_SKEW = 100.0  # of a skew-symmetric matrix: half-turns stay 1.2 degrees away, and the solve accurate in float32
+
+
+class Factor(NamedTuple):
+    """A square matrix of a kind whose systems of equations are easily solved."""
+
+    matrix: Array
+    kind: str  # "lower", "unit lower" (ones on the diagonal), "upper" or "orthogonal"
+
+    def solve(self, y: Array, transpose: bool = False) -> Array:
+        """A^-1 y, or A^-T y, for y `(*batch, dim)`."""
+        if self.kind == "orthogonal":
+            return y @ (self.matrix.T if transpose else self.matrix)
+        lower, unit = self.kind != "upper", self.kind == "unit lower"
+        solve = backend_of(y).solve_triangular
+        return solve(self.matrix, y[..., None], lower=lower, transpose=transpose, unit=unit)[..., 0]
+
+
+class FactoredLinear(Bijection):
+    """y = W x + b, with W a product of factors: it is built once a call, and inverse and score solve factor by factor.
+
+    A subclass implements `init` and `factors`. The bias is params["bias"], or zero where there is none.
+    """
+
+    def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
+        """The factors of W from left to right, and log |det W|."""
+        raise NotImplementedError
+
+    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.forward`."""
+        factors, log_det = self.factors(params)
+        return _product(factors, params, x), log_det + backend_of(x).xp.zeros_like(x[..., 0])
+
+    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.inverse`."""
+        factors, log_det = self.factors(params)
+        x = y - params.get("bias", 0)
+        for factor in factors:
+            x = factor.solve(x)
+        return x, backend_of(y).xp.zeros_like(y[..., 0]) - log_det
+
+    def forward_with_score(
+        self,
+        params: Params,
+        x: Array,
+        score: Array,
+        context: Array | None = None,
+        score_context: Any = None,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """g' = W^-T g."""
+        backend = backend_of(x)
+        factors, log_det = self.factors(params)
+        score = backend.stop(score)
+        for factor in reversed(factors):
+            score = factor._replace(matrix=backend.stop(factor.matrix)).solve(score, transpose=True)
+        return _product(factors, params, x), log_det + backend.xp.zeros_like(x[..., 0]), score, score_context
+
+
+def _product(factors: tuple[Factor, ...], params: Params, x: Array) -> Array:
+    return x @ functools.reduce(operator.matmul, [f.matrix for f in factors]).T + params.get("bias", 0)
+
+
+def exp_diagonal(raw: Array) -> tuple[Array, Array, Array]:
+    """The identity, the diagonal matrix exp(raw_ii), and the logarithm of its determinant."""
+    xp = backend_of(raw).xp
+    eye = identity_like(raw)
+    return eye, eye * xp.exp(raw * eye), xp.sum(raw * eye)
+
+
+def identity_like(a: Array) -> Array:
+    """Ones on the main diagonal of the last two axes of `a`; on its device, under tracing too."""
+    xp = backend_of(a).xp
+    return xp.tril(xp.triu(xp.ones_like(a)))
 
 
 @dataclass(frozen=True)
-class LULinear(Bijection):
+class LULinear(FactoredLinear):
     """y = L U x + b, with L unit lower and U upper triangular with a positive diagonal.
 
     Log-determinant and inverse cost no more than the product. One matrix holds both factors: L below the diagonal, U above it, and
@@ -19,10 +97,17 @@ class LULinear(Bijection):
 
     Attributes:
         dim: Length of the vectors.
+        light: How many coordinates, the first ones, are computed from themselves alone, so that heavy tails of the others
+            do not reach them. Laszkiewicz et al. 2022, "Marginal tail-adaptive normalizing flows".
     """
 
     dim: int
     context_dim: int = 0
+    light: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.light <= self.dim:
+            raise DimensionError(f"light: expected a number of coordinates from 0 to {self.dim}, got {self.light}")
 
     def init(self, rng: Any) -> dict[str, Any]:
         """Starts as the identity."""
@@ -35,52 +120,26 @@ class LULinear(Bijection):
         backend = backend_of(scale_tril)
         xp = backend.xp
         diagonal = xp.linalg.diagonal(scale_tril)
-        eye = xp.tril(xp.triu(xp.ones_like(scale_tril)))
-        return {"lu": xp.tril(scale_tril / diagonal, k=-1) + eye * xp.log(diagonal), "bias": loc}
+        return {"lu": xp.tril(scale_tril / diagonal, k=-1) + identity_like(scale_tril) * xp.log(diagonal), "bias": loc}
 
-    def _factors(self, params: Params) -> tuple[Array, Array, Array]:
+    def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
+        """L and U."""
         lu = params["lu"]
         backend = backend_of(lu)
         xp = backend.xp
-        eye = xp.tril(xp.triu(xp.ones_like(lu)))  # on lu's device, under tracing too
-        log_diagonal = lu * eye
-        return xp.tril(lu, k=-1) + eye, xp.triu(lu, k=1) + eye * xp.exp(log_diagonal), xp.sum(log_diagonal)
-
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        lower, upper, log_det = self._factors(params)
-        return x @ (lower @ upper).T + params["bias"], log_det + backend_of(x).xp.zeros_like(x[..., 0])
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`: two triangular solves."""
-        lower, upper, log_det = self._factors(params)
-        return self._solve(lower, upper, y - params["bias"]), -log_det + backend_of(y).xp.zeros_like(y[..., 0])
-
-    def _solve(self, lower: Array, upper: Array, y: Array, transpose: bool = False) -> Array:
-        solve = backend_of(y).solve_triangular
-        first, second = ((lower, True), (upper, False)) if not transpose else ((upper, False), (lower, True))
-        for factor, is_lower in (first, second):
-            y = solve(factor, y[..., None], lower=is_lower, transpose=transpose, unit=is_lower)[..., 0]
-        return y
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """g' = (L U)^-T g."""
-        y, log_det = self.forward(params, x)
-        backend = backend_of(x)
-        lower, upper, _ = self._factors(backend.stop(params))
-        return y, log_det, self._solve(lower, upper, backend.stop(score), transpose=True), score_context
+        eye, diagonal, log_det = exp_diagonal(lu)
+        above = xp.triu(lu, k=1)
+        if self.light:
+            light = backend.asarray([float(i < self.light) for i in range(self.dim)], lu)
+            above = above * (1 - light[:, None] * (1 - light))
+        return (Factor(xp.tril(lu, k=-1) + eye, "unit lower"), Factor(above + diagonal, "upper")), log_det
 
 
 @dataclass(frozen=True)
-class Permutation(Bijection):
-    """y_i = x_{indices[i]} with drawn indices; they are a constant array, so that stacked layers may differ.
+class TriangularLinear(FactoredLinear):
+    """y = L x + b, with L lower triangular and a positive diagonal: coordinate i is made of the first i.
+
+    The inverse is one triangular solve. One matrix holds L below the diagonal and the logarithm of L's diagonal on it.
 
     Attributes:
         dim: Length of the vectors.
@@ -90,68 +149,37 @@ class Permutation(Bijection):
     context_dim: int = 0
 
     def init(self, rng: Any) -> dict[str, Any]:
-        """Draws the permutation."""
-        return {"params": {}, "const": {"indices": backend_of_rng(rng).permutation(rng, self.dim)}}
+        """Starts as the identity."""
+        xp = backend_of_rng(rng).xp
+        return {"params": {"lower": xp.zeros((self.dim, self.dim)), "bias": xp.zeros((self.dim,))}, "const": {}}
 
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        return _take(x, params["indices"])
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`."""
-        return _take(y, backend_of(y).xp.argsort(params["indices"]))
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The score is permuted like the point."""
-        return *_take(x, params["indices"]), _take(score, params["indices"])[0], score_context
+    def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
+        """L alone."""
+        _, diagonal, log_det = exp_diagonal(params["lower"])
+        return (Factor(backend_of(diagonal).xp.tril(params["lower"], k=-1) + diagonal, "lower"),), log_det
 
 
 @dataclass(frozen=True)
-class Rotation(Bijection):
-    """y_i = x_{(i + shift) mod dim}: the permutation that hands roles on between couplings, without an index array.
+class Orthogonal(FactoredLinear):
+    """y = (I + S)^-1 (I - S) x with a skew-symmetric S, the Cayley transform.
+
+    Any rotation without half-turns has such an S, with dim (dim - 1) / 2 free numbers. Reflections are out of reach, and
+    half-turns (eigenvalue -1) are so as limits of large S: `Householder` has all rotations.
 
     Attributes:
         dim: Length of the vectors.
-        shift: How far.
     """
 
     dim: int
-    shift: int
     context_dim: int = 0
 
     def init(self, rng: Any) -> dict[str, Any]:
-        """Nothing to draw."""
-        return {"params": {}, "const": {}}
+        """Starts as the identity."""
+        return {"params": {"skew": backend_of_rng(rng).xp.zeros((self.dim, self.dim))}, "const": {}}
 
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        xp = backend_of(x).xp
-        return xp.roll(x, -self.shift, axis=-1), xp.zeros_like(x[..., 0])
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`."""
-        xp = backend_of(y).xp
-        return xp.roll(y, self.shift, axis=-1), xp.zeros_like(y[..., 0])
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The score is rotated like the point."""
-        return *self.forward(params, x), self.forward(params, score)[0], score_context
-
-
-def _take(x: Array, indices: Array) -> tuple[Array, Array]:
-    xp = backend_of(x).xp
-    return xp.take(x, indices, axis=-1), xp.zeros_like(x[..., 0])
+    def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
+        """The one orthogonal matrix; its log-determinant is zero."""
+        xp = backend_of(params["skew"]).xp
+        eye, lower = identity_like(params["skew"]), xp.tril(soft_clip(params["skew"], _MAX_SKEW), k=-1)
+        skew = lower - lower.T
+        return (Factor(xp.linalg.solve(eye + skew, eye - skew), "orthogonal"),), 0.0

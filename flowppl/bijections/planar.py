@@ -7,12 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowppl.backend import backend_of, backend_of_rng
-from flowppl.bijections.base import Array, Bijection, Params, broadcast
+from flowppl.bijections.base import Array, Bijection, Params, broadcast, score_of_context
 from flowppl.bijections.elementwise import event_last
 from flowppl.bijections.root import solve_increasing
 from flowppl.networks import MLP
 
 _MIN_SLOPE = 1e-3  # of the map along w: at zero, where w.u = -1, it has no inverse
+
+
+def bounded_dot(raw: Array) -> Array:
+    """softplus(r + log(e^c - 1)) - c > -c for c = 1 - 1e-3: it leaves r = 0 alone, so a flow can start as the identity."""
+    return backend_of(raw).softplus(raw + math.log(math.expm1(1 - _MIN_SLOPE))) - (1 - _MIN_SLOPE)
+
+
+def solve_ridge(dot: Array, target: Array) -> Array:
+    """The a with a + dot tanh(a) = target, for dot > -1."""
+    xp = backend_of(target).xp
+
+    def along_w(a: Array) -> tuple[Array, Array]:
+        h = xp.tanh(a)
+        return a + dot * h, 1 + dot * (1 - h * h)
+
+    reach = xp.abs(dot) + xp.zeros_like(target)
+    return solve_increasing(along_w, target, target - reach, target + reach)
 
 
 @dataclass(frozen=True)
@@ -47,15 +64,13 @@ class Planar(Bijection):
 
     def _unpack(self, params: Params, context: Array | None) -> tuple[Array, Array, Array, Array]:
         """w, u `(*batch, dim)`, b and w.u `(*batch,)`."""
-        backend = backend_of(params["w"])
-        xp, d = backend.xp, self.dim
+        xp, d = backend_of(params["w"]).xp, self.dim
         w, u, b = params["w"], params["u"], params["b"]
         if context is not None:
             delta = event_last(self._net(params["net"], context))
             w, u, b = w + delta[..., :d], u + delta[..., d : 2 * d], b + delta[..., -1]
         raw = xp.sum(w * u, axis=-1)
-        # softplus(r + log(e^c - 1)) - c > -c replaces r = w.u, and leaves r = 0 alone: the flow can start as the identity.
-        dot = backend.softplus(raw + math.log(math.expm1(1 - _MIN_SLOPE))) - (1 - _MIN_SLOPE)
+        dot = bounded_dot(raw)  # replaces w.u
         shift = (dot - raw) / (xp.sum(w * w, axis=-1) + xp.finfo(w.dtype).tiny)
         return w, u + shift[..., None] * w, b, dot
 
@@ -73,13 +88,7 @@ class Planar(Bijection):
         y, context = broadcast(y, context, self.context_dim)
         w, u, b, dot = self._unpack(params, context)
 
-        def along_w(a: Array) -> tuple[Array, Array]:
-            h = xp.tanh(a)
-            return a + dot * h, 1 + dot * (1 - h * h)
-
-        target = xp.sum(w * y, axis=-1) + b
-        reach = xp.abs(dot) + xp.zeros_like(target)
-        h = xp.tanh(solve_increasing(along_w, target, target - reach, target + reach))
+        h = xp.tanh(solve_ridge(dot, xp.sum(w * y, axis=-1) + b))
         return y - u * h[..., None], -xp.log1p(dot * (1 - h * h))
 
     def forward_with_score(
@@ -95,16 +104,12 @@ class Planar(Bijection):
         xp = backend.xp
         x, own_context = broadcast(x, context, self.context_dim)
         y, log_det = self.forward(params, x, own_context)
-        fixed = backend.stop(params)
-        w, u, b, dot = self._unpack(fixed, own_context)
+        w, u, b, dot = self._unpack(backend.stop(params), own_context)
         h = xp.tanh(xp.sum(w * x, axis=-1) + b)
         slope = 1 - h * h
         score = score + w * (2 * dot * h * slope / (1 + dot * slope))[..., None]  # minus the gradient of log|det J|
         along_u = xp.sum(u * score, axis=-1)
         score = backend.stop(score - w * (slope * along_u / (1 + dot * slope))[..., None])
         if own_context is not None:
-            _, pull = backend.vjp(
-                lambda c: self.forward(fixed, backend.stop(x), c), backend.stop(own_context), once=True
-            )
-            score_context = backend.stop(score_context - pull((score, xp.ones_like(log_det)))[0])
+            score_context = score_of_context(self.forward, params, x, own_context, score, score_context)
         return y, log_det, score, score_context
