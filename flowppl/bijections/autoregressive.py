@@ -8,6 +8,7 @@ from typing import Any
 from flowppl.backend import backend_of
 from flowppl.bijections.base import Array, Bijection, Params, broadcast, join
 from flowppl.bijections.elementwise import Transformer, event_first, event_last
+from flowppl.bijections.nilpotent import nilpotent_solve
 from flowppl.bijections.solves import iterate
 from flowppl.networks import MLP, MaskedMLP
 
@@ -151,20 +152,7 @@ class MaskedAutoregressive(Bijection):
             return pull((event_first(score), log_slope))[0]
 
         rest = score - event_last(curvature) - from_net(0 * score, ones)[..., : self.dim]
-        tolerance = 16 * xp.finfo(x.dtype).eps
-
-        def unfinished(state: tuple[Array, Array]) -> Array:
-            change, solution = state
-            return xp.any(xp.abs(change) > tolerance * (1 + xp.abs(solution)))
-
-        def sweep(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            _, solution = state
-            new = (rest - from_net(solution, 0 * ones)[..., : self.dim]) / slope
-            return new - solution, new
-
-        first = rest / slope
-        _, score = backend.while_loop(unfinished, sweep, (first, first), max_steps=self.dim - 1)
-        score = backend.stop(score)
+        score = nilpotent_solve(lambda u: from_net(u, 0 * ones)[..., : self.dim], slope, rest)
         y, log_det = self.forward(params, x, own_context)
         if own_context is not None:
             score_context = backend.stop(score_context - from_net(score, ones)[..., self.dim :])
