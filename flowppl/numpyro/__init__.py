@@ -11,8 +11,8 @@ except ModuleNotFoundError as error:
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
-from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.files import load_flow, save_flow
+from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
 

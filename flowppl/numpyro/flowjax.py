@@ -110,7 +110,9 @@ def from_flowjax(distribution: Any) -> Flow:
         >>> from numpyro.handlers import seed
         >>> from flowppl.numpyro import flow_module, from_flowjax
         >>> base = StandardNormal((2,))
-        >>> flow = from_flowjax(masked_autoregressive_flow(jax.random.key(0), base_dist=base, cond_dim=3, flow_layers=1))
+        >>> flow = from_flowjax(
+        ...     masked_autoregressive_flow(jax.random.key(0), base_dist=base, cond_dim=3, flow_layers=1)
+        ... )
         >>> flow.dim, flow.context_dim
         (2, 3)
         >>> guide = lambda context: numpyro.sample("x", flow_module("q", flow, context))

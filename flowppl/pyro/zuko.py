@@ -158,8 +158,8 @@ def _call(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
 def _holding(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     """A copy of a module, with its children, that holds other tensors in the place of its own, found by their ids.
 
-    Not torch.func.functional_call, which puts the module's own tensors back when it returns: zuko evaluates its
-    networks again in the backward pass.
+    Not torch.func.functional_call, which puts the module's own tensors back when it returns: zuko's transforms evaluate
+    the networks when they are called, and some do again in the backward pass.
     """
     new, state = object.__new__(type(module)), dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):
