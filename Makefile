@@ -83,12 +83,12 @@ INSTALL = -m pip install -qq --constraint constraints.txt --editable
 
 .venv-numpyro/.stamp: $(DEPENDS)
 	$(call make_venv,$(PYTHON312),3.12)
-	$(@D)/bin/python $(INSTALL) '.[numpyro,plots,test]'
+	$(@D)/bin/python $(INSTALL) '.[flowjax,plots,test]'
 	@touch $@
 
 .venv-pyro/.stamp: $(DEPENDS)
 	$(call make_venv,$(PYTHON),3.11 or later)
-	$(@D)/bin/python $(INSTALL) '.[pyro,test]'
+	$(@D)/bin/python $(INSTALL) '.[zuko,test]'
 	@touch $@
 
 .venv-bench/.stamp: $(DEPENDS) benchmarks/requirements.txt

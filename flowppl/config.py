@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, ClassVar
 
 from flowppl.errors import FlowFileError
 
@@ -16,7 +16,13 @@ _TYPES: dict[str, type[Configured]] = {}
 
 
 class Configured:
-    """Base of bijections, transformers, networks, bases and flows: a hashable description without arrays."""
+    """Base of bijections, transformers, networks, bases and flows: a hashable description without arrays.
+
+    Attributes:
+        unwritable: Why no flow file can hold one, and what to do instead; empty where one can.
+    """
+
+    unwritable: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -30,8 +36,14 @@ class Configured:
 
 
 def describe(value: Any) -> Any:
-    """Returns `value` (a configuration, or a tuple or scalar inside one) as JSON types."""
+    """Returns `value` (a configuration, or a tuple or scalar inside one) as JSON types.
+
+    Raises:
+        FlowFileError: a configuration holds what no file can.
+    """
     if isinstance(value, Configured):
+        if value.unwritable:
+            raise FlowFileError(value.unwritable)
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
         return {"type": type(value).__name__, **fields}
     if isinstance(value, tuple):
@@ -59,6 +71,8 @@ def build(description: Any, max_size: int | None = None) -> Any:
         cls = _TYPES.get(name) if isinstance(name, str) else None
         if cls is None:
             raise FlowFileError(f"the file names a class {name!r} that is not registered: define or import it first")
+        if cls.unwritable:
+            raise FlowFileError(f"the file describes a {name}, which no flow file holds")
         fields = {k: build(v, max_size) for k, v in description.items() if k != "type"}
         _check_fields(cls, fields)
         try:

@@ -22,6 +22,10 @@ class UnsupportedModelError(FlowpplError, NotImplementedError):
     """The model has sites that a flow over a flat real vector cannot represent."""
 
 
+class UnsupportedFlowError(FlowpplError, ValueError):
+    """A flow of another library is not one that guides and distributions over real vectors can take."""
+
+
 class NonFiniteError(FlowpplError, ValueError):
     """The model's log density or its gradient is not finite where a method has to start."""
 

@@ -19,6 +19,11 @@ if "torch" in FRAMEWORKS:
 
     torch.set_num_threads(1)
 
+    if importlib.util.find_spec("zuko"):
+        import zuko  # noqa: F401 (here and first, since it turns off torch's validation for all tests that follow)
+
+        torch.distributions.Distribution.set_default_validate_args(True)
+
 
 @pytest.fixture(scope="session", params=FRAMEWORKS)
 def backend(request):

@@ -12,6 +12,7 @@ from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
 from flowppl.numpyro.files import load_flow, save_flow
+from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
 
@@ -21,6 +22,7 @@ __all__ = [
     "FlowTransform",
     "LogDensity",
     "flow_module",
+    "from_flowjax",
     "load_flow",
     "save_flow",
     "to_arviz",

@@ -14,6 +14,7 @@ from flowppl.pyro.export import to_arviz
 from flowppl.pyro.files import load_flow, save_flow
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
+from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
     "AutoFlow",
@@ -21,6 +22,7 @@ __all__ = [
     "FlowTransform",
     "LogDensity",
     "flow_module",
+    "from_zuko",
     "load_flow",
     "save_flow",
     "to_arviz",
