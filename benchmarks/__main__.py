@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import eight_schools, speed
+from benchmarks import density, eight_schools, speed
 
-BENCHMARKS = {"speed": speed.main, "eight_schools": eight_schools.main}
+BENCHMARKS = {"speed": speed.main, "density": density.main, "eight_schools": eight_schools.main}
 
 if __name__ == "__main__":
     name, arguments = (
