@@ -245,6 +245,23 @@ def test_ndtri_softmax_logsumexp(backend, f64):
     close(backend, backend.logsumexp(f64(x)), special.logsumexp(x, -1))
 
 
+@EVERYWHERE
+def test_log_ndtr(backend, f64, f32):
+    """Relative errors down to -1e3, where the probability itself is far below the least number."""
+    x = np.concatenate([np.linspace(-45, 3, 193), [-1e3, -19.99, -20.01, -9.99, -10.01]])
+    close(backend, backend.log_ndtr(f64(x)), special.log_ndtr(x), rtol=2e-14)
+    close(backend, backend.log_ndtr(f32(x)), special.log_ndtr(np.float64(np.float32(x))), rtol=1e-6, atol=1e-7)
+
+
+def test_log_ndtr_has_two_derivatives(backend, f64):
+    """The hazard rate h, and h' = h (h - x) at -x."""
+    x = np.array([-30.0, -8.0, -1.0, 0.0, 2.0])
+    hazard = np.exp(-0.5 * x * x - 0.5 * np.log(2 * np.pi) - special.log_ndtr(x))
+    slope = lambda x: backend.vjp(backend.log_ndtr, x)[1](backend.xp.ones_like(x))[0]
+    close(backend, slope(f64(x)), hazard, rtol=1e-11)
+    close(backend, backend.vjp(slope, f64(x))[1](f64(np.ones(5)))[0], -hazard * (hazard + x), rtol=1e-9)
+
+
 def test_log_i0_does_not_overflow_and_curves(backend, f64, f32):
     """The slope is I1 / I0, and the curvature at zero is 1/2."""
     x = np.array([-1e4, -3.0, 0.0, 0.5, 1e3])

@@ -74,7 +74,7 @@ class DeepSigmoid(Transformer):
     def _unpack(self, theta: Array) -> _Units:
         backend = backend_of(theta)
         xp, n = backend.xp, self.units
-        ratios = backend.asarray([2 * (j + 1) / (n + 1) for j in range(n)], theta)
+        ratios = backend.asarray([j + 1.0 for j in range(n)], theta) * (2 / (n + 1))
         theta = xp.reshape(theta, (3, n, *theta.shape[1:]))
         theta = theta * xp.reshape(ratios, (n, *(1 for _ in theta.shape[2:])))
         scale = xp.exp(soft_clip(theta[0], _LOG_SCALE))

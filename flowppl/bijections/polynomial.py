@@ -74,7 +74,7 @@ class SumOfSquares(Transformer):
         backend = backend_of(theta)
         xp, k = backend.xp, self.polynomials
         theta = soft_clip(xp.reshape(theta[:-1], (self.degree + 1, k, *theta.shape[1:])), _COEFFICIENT)
-        units = xp.reshape(backend.asarray([1 / (i + 2) for i in range(k)], theta), (k, *(1 for _ in theta.shape[2:])))
+        units = xp.reshape(1 / backend.asarray([i + 2.0 for i in range(k)], theta), (k, *(1 for _ in theta.shape[2:])))
         return [1 + theta[0], *(theta[i] * units**i for i in range(1, self.degree + 1))]
 
 
