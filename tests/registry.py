@@ -12,19 +12,30 @@ import numpy as np
 from flowppl import flows, tree
 from flowppl.backend import get_backend
 from flowppl.bijections import (
+    ActNorm,
     Affine,
     Bijection,
+    BlockAutoregressive,
     Chain,
     Composed,
     Coupling,
+    DeepSigmoid,
     Elementwise,
+    ExtremeTails,
+    Householder,
     Inverse,
     LULinear,
     MaskedAutoregressive,
+    Orthogonal,
     Permutation,
     Planar,
+    QRLinear,
+    Residual,
     RQSpline,
     Stack,
+    SumOfSquares,
+    Transformer,
+    TriangularLinear,
     bind,
 )
 from flowppl.flows import CircularUniform, Flow, Mixture, Product, StudentT, recipes
@@ -34,15 +45,15 @@ Array = Any
 BOUND = 3.0
 HIDDEN = (8, 8)
 # Compilation dominates: every option that makes a flow larger is small here.
-SMALL = {"layers": 3, "hidden": HIDDEN, "bins": 4, "bound": BOUND}
+SMALL = {"layers": 3, "hidden": HIDDEN, "units": (4, 3), "rank": 2, "bins": 4, "bound": BOUND}
 SPLINE = RQSpline(4, BOUND)
 
 
 def small(name: str, **options: Any) -> flows.Recipe:
     """The registered recipe in a small size."""
     known = inspect.signature(recipes._RECIPES[name]).parameters
-    given = {"options": tuple(sorted((k, v) for k, v in SMALL.items() if k in known)), **options}
-    return flows.Recipe(name, **given)
+    fitting = {k: v for k, v in SMALL.items() if k in known}
+    return flows.Recipe(name, tuple(sorted(fitting.items())), **options)
 
 
 def registered(name: str, dim: int, context_dim: int = 0, **options: Any) -> Flow:
@@ -74,40 +85,65 @@ def _nested(dim: int, context_dim: int = 0) -> Bijection:
     return Chain((Chain(parts[:2]), *parts[2:]))
 
 
+def _scaled(bijection: Bijection) -> Flow:
+    """A bijection that keeps volume, with one that does not."""
+    return Flow(Chain((bijection, Elementwise(bijection.dim, Affine()))))
+
+
+TRANSFORMERS: dict[str, Transformer] = {
+    "affine": Affine(),
+    "spline": SPLINE,
+    "free-spline": RQSpline(4, BOUND, "free"),
+    "deep-sigmoid": DeepSigmoid(4),
+    "sum-of-squares": SumOfSquares(),
+    "extreme-tails": ExtremeTails(),
+}
 SHAPES = ((1, 0), (1, 2), (2, 0), (5, 3))
 CASES: dict[str, Flow] = {
     **{f"{name}-{d}-{c}": registered(name, d, c) for name in flows.names() for d, c in SHAPES},
-    "maf-affine-1-2": Flow(_maf(Affine(), 1, 2)),
-    "maf-affine-5-0": Flow(_maf(Affine(), 5)),
-    "maf-spline-1-0": Flow(_maf(SPLINE, 1)),
-    "maf-spline-5-2": Flow(_maf(SPLINE, 5, 2)),
-    "inverse-maf-affine-5-2": Flow(Inverse(_maf(Affine(), 5, 2))),
-    "inverse-maf-spline-2-0": Flow(Inverse(_maf(SPLINE, 2))),
-    "elementwise-affine-1-0": Flow(Elementwise(1, Affine())),
-    "elementwise-affine-5-2": Flow(Elementwise(5, Affine(), 2, HIDDEN)),
-    "elementwise-spline-2-0": Flow(Elementwise(2, SPLINE)),
+    **{f"autoregressive-{name}-5-2": Flow(_maf(t, 5, 2)) for name, t in TRANSFORMERS.items()},
+    "autoregressive-spline-1-2": Flow(_maf(SPLINE, 1, 2)),
+    "inverse-autoregressive-affine-5-2": Flow(Inverse(_maf(Affine(), 5, 2))),
+    "inverse-autoregressive-spline-2-0": Flow(Inverse(_maf(SPLINE, 2))),
+    **{f"elementwise-{name}-2-0": Flow(Elementwise(2, t)) for name, t in TRANSFORMERS.items()},
     "elementwise-spline-2-3": Flow(Elementwise(2, SPLINE, 3, HIDDEN)),
+    "coupling-deep-sigmoid-3-2": Flow(Coupling(3, DeepSigmoid(4), 2, HIDDEN)),
     "composed-2-2": Flow(Elementwise(2, Composed(Composed(SPLINE, Affine()), RQSpline(3, 2.0)), 2, HIDDEN)),
+    "lu-light-5-0": Flow(LULinear(5, light=2)),
+    "triangular-5-0": Flow(TriangularLinear(5)),
+    "qr-5-0": Flow(QRLinear(5)),
+    "householder-2-0": _scaled(Householder(2, 4)),
+    "orthogonal-5-0": _scaled(Orthogonal(5)),
     "permutation-5-0": Flow(Permutation(5)),
-    "shared-2-0": Flow(_shared(2)),
+    "actnorm-2-0": Flow(Chain((TriangularLinear(2), Inverse(Stack(ActNorm(2), 2)), ActNorm(2)))),
+    "residual-narrow-5-2": Flow(Residual(5, 2, (8, 4, 6))),
+    "residual-single-5-0": Flow(Residual(5, 0, (3,))),
+    "bnaf-single-5-0": Flow(BlockAutoregressive(5, 0, (5,))),
     "shared-5-2": Flow(_shared(5, 2)),
     "nested-5-2": Flow(_nested(5, 2)),
     "student-t-2-1": registered("realnvp", 2, 1, base=StudentT(4.0)),
-    "mixture-2-0": Flow(LULinear(2), Mixture(3)),
+    "learned-base-3-0": Flow(LULinear(3), Product((Mixture(2), StudentT(3.0, trainable=True)), (2, 1))),
     "torus-2-0": small("nsf").with_circular((0, 1), False)(2),
     "torus-4-1": small("nsf").with_circular((2, 0), False)(4, 1),
-    "torus-3-0": flows.nsf(**{**SMALL, "layers": 1}).with_circular((1,), True)(3),
+    "torus-3-0": flows.nsf(layers=1, hidden=HIDDEN, bins=4).with_circular((1,), True)(3),
 }
 # Long compositions whose parameters depend on points far out: there they are ill-conditioned, and not compared.
 ILL_CONDITIONED_FAR_OUT = ("nested", "torus-4")
 # One flow of each kind, for what need not be tried in every shape.
 FEW = [
     *(f"{name}-5-3" for name in flows.names()),
-    "maf-spline-5-2",
-    "inverse-maf-affine-5-2",
-    "elementwise-spline-2-0",
+    "autoregressive-spline-5-2",
+    "autoregressive-sum-of-squares-5-2",
+    "inverse-autoregressive-affine-5-2",
+    "coupling-deep-sigmoid-3-2",
+    "elementwise-extreme-tails-2-0",
+    "qr-5-0",
+    "orthogonal-5-0",
     "permutation-5-0",
+    "actnorm-2-0",
     "student-t-2-1",
+    "learned-base-3-0",
+    "torus-3-0",
 ]
 
 

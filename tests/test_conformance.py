@@ -92,7 +92,7 @@ def test_score_is_the_gradient_of_log_prob(case, backend):
     _check_score(case, report(case, backend.name), TOL)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("maf")])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("autoregressive")])
 def test_score_where_coordinates_depend_strongly(name, backend):
     """Jacobi sweeps that stop too early leave powers of the dependence: too little to see at small weights."""
     _check_score(name, report(name, backend.name, scale=4.0), 1e-9)

@@ -8,7 +8,8 @@ from typing import Any
 from flowppl import tree
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections.base import Array, Bijection, Params, bind
-from flowppl.bijections.compose import Chain, Inverse, Stack
+from flowppl.bijections.compose import Chain, Inverse
+from flowppl.bijections.stack import Stack
 from flowppl.errors import DimensionError
 
 
@@ -95,15 +96,21 @@ def _calibrate(
     if isinstance(bijection, Inverse):
         return _calibrate(bijection.bijection, variables, y, context, not inverted)
     if isinstance(bijection, Chain | Stack):
+        contexts = [context] * (bijection.depth if isinstance(bijection, Stack) else len(bijection.bijections))
         if isinstance(bijection, Chain):
             pairs = zip(variables["params"], variables["const"], strict=True)
             parts, layers = [{"params": p, "const": c} for p, c in pairs], bijection.bijections
+        elif bijection.embedding:
+            parts, contexts = bijection.unstack(variables, y, context)
+            layers = (bijection.layer,) * bijection.depth
         else:
             parts = [tree.index(variables, i) for i in range(bijection.depth)]
             layers = (bijection.layer,) * bijection.depth
         order = range(len(parts))
         for i in order if inverted else reversed(order):
-            parts[i], y = _calibrate(layers[i], parts[i], y, context, inverted)
+            parts[i], y = _calibrate(layers[i], parts[i], y, contexts[i], inverted)
+        if isinstance(bijection, Stack) and bijection.embedding:
+            return {**variables, "const": {"own": tree.stack([part["const"] for part in parts])}}, y
         if isinstance(bijection, Stack):
             return tree.stack(parts), y
         return {kind: tuple(part[kind] for part in parts) for kind in variables}, y

@@ -1,4 +1,4 @@
-"""Permutations of the coordinates: drawn ones and rotations."""
+"""Permutations of the coordinates: drawn ones, rotations and the reversal."""
 
 from __future__ import annotations
 
@@ -80,6 +80,42 @@ class Rotation(Bijection):
         score_context: Any = None,
     ) -> tuple[Array, Array, Array, Array | None]:
         """The score is rotated like the point."""
+        return *self.forward(params, x), self.forward(params, score)[0], score_context
+
+
+@dataclass(frozen=True)
+class Reversal(Bijection):
+    """y_i = x_{dim - 1 - i}: the permutation between two autoregressive maps.
+
+    Attributes:
+        dim: Length of the vectors.
+    """
+
+    dim: int
+    context_dim: int = 0
+
+    def init(self, rng: Any) -> dict[str, Any]:
+        """Nothing to draw."""
+        return {"params": {}, "const": {}}
+
+    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.forward`."""
+        xp = backend_of(x).xp
+        return xp.flip(x, axis=-1), xp.zeros_like(x[..., 0])
+
+    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.inverse`."""
+        return self.forward(params, y)
+
+    def forward_with_score(
+        self,
+        params: Params,
+        x: Array,
+        score: Array,
+        context: Array | None = None,
+        score_context: Any = None,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """The score is reversed like the point."""
         return *self.forward(params, x), self.forward(params, score)[0], score_context
 
 

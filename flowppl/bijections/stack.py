@@ -106,6 +106,17 @@ class Stack(Bijection):
         start = (x, backend.xp.zeros_like(x[..., 0]), score, score_context)
         return backend.scan(body, start, self._rows(params))[0]
 
+    def unstack(
+        self, variables: dict[str, Any], x: Array, context: Array | None
+    ) -> tuple[list[dict[str, Any]], list[Array | None]]:
+        """The variables and the contexts of layers that share their networks, one by one."""
+        params, const = variables["params"], variables["const"]
+        parts = [
+            {"params": merge(tree.index(params["own"], i), params["shared"]), "const": tree.index(const["own"], i)}
+            for i in range(self.depth)
+        ]
+        return parts, [self._with_embedding(params["embedding"][i], x, context) for i in range(self.depth)]
+
     def _rows(self, params: Params) -> Params:
         """What is scanned over."""
         return (params["own"], params["embedding"]) if self.embedding else params

@@ -3,7 +3,23 @@
 from flowppl.flows.bases import Base, CircularUniform, Normal, Product, StudentT, Uniform
 from flowppl.flows.flow import Flow, Sample
 from flowppl.flows.mixture import Mixture
-from flowppl.flows.recipes import Recipe, affine, get, names, nsf, planar, realnvp, register
+from flowppl.flows.recipes import (
+    Recipe,
+    affine,
+    bnaf,
+    get,
+    iaf,
+    maf,
+    names,
+    nsf,
+    planar,
+    radial,
+    realnvp,
+    register,
+    residual,
+    sylvester,
+    ttf,
+)
 
 __all__ = [
     "Base",
@@ -17,10 +33,17 @@ __all__ = [
     "StudentT",
     "Uniform",
     "affine",
+    "bnaf",
     "get",
+    "iaf",
+    "maf",
     "names",
     "nsf",
     "planar",
+    "radial",
     "realnvp",
     "register",
+    "residual",
+    "sylvester",
+    "ttf",
 ]

@@ -11,17 +11,27 @@ from typing import Any
 from flowppl.bijections import (
     Affine,
     Bijection,
+    BlockAutoregressive,
     Chain,
     CircularSpline,
     Composed,
     Coupling,
+    DeepSigmoid,
     Elementwise,
+    ExtremeTails,
+    Inverse,
     Keep,
     LULinear,
+    MaskedAutoregressive,
     Planar,
+    Radial,
+    Residual,
+    Reversal,
     Rotation,
     RQSpline,
     Stack,
+    SumOfSquares,
+    Sylvester,
     TorusEnd,
     Transformer,
 )
@@ -353,6 +363,67 @@ def planar(dim: int, context_dim: int, *, layers: int = 16, hidden: tuple[int, .
         hidden: With a context, widths of the networks' hidden layers.
     """
     return Chain((Stack(Planar(dim, context_dim, hidden), layers), LULinear(dim)))
+
+
+@register("radial")
+def radial(dim: int, context_dim: int, *, layers: int = 16, hidden: tuple[int, ...] = (64, 64)) -> Bijection:
+    """Radial flow that scores any point. Rezende and Mohamed 2015.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of radial maps.
+        hidden: With a context, widths of the networks' hidden layers.
+    """
+    return Chain((Stack(Radial(dim, context_dim, tuple(hidden)), layers), LULinear(dim)))
+
+
+@register("sylvester")
+def sylvester(
+    dim: int, context_dim: int, *, layers: int = 8, rank: int | None = None, hidden: tuple[int, ...] = (64, 64)
+) -> Bijection:
+    """Sylvester flow that scores any point: planar maps of higher rank. Van den Berg et al. 2018.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of maps.
+        rank: Of each map, at most the dimension; None for that, at most 8.
+        hidden: With a context, widths of the networks' hidden layers.
+    """
+    rank = None if rank is None else min(rank, dim)
+    return Chain((Stack(Sylvester(dim, rank, context_dim, tuple(hidden)), layers), LULinear(dim)))
+
+
+@register("residual")
+def residual(
+    dim: int, context_dim: int, *, layers: int = 8, hidden: tuple[int, ...] = (64, 64), contraction: float = 0.9
+) -> Bijection:
+    """Contractive residual flow with exact log-determinants: free-form, all coordinates at once. Chen et al. 2019.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of residual maps.
+        hidden: Widths of each map's hidden layers.
+        contraction: Lipschitz constant of each map less the identity, at most; below one.
+    """
+    return Chain((Stack(Residual(dim, context_dim, tuple(hidden), contraction), layers), LULinear(dim)))
+
+
+@register("bnaf")
+def bnaf(dim: int, context_dim: int, *, layers: int = 2, units: tuple[int, ...] = (8, 8)) -> Bijection:
+    """Block neural autoregressive flow whose range is the whole line. De Cao et al. 2019.
+
+    Args:
+        dim: Length of the vectors.
+        context_dim: Length of the context.
+        layers: Number of maps; the order of the coordinates is reversed after each.
+        units: Units for each coordinate of each map's hidden layers.
+    """
+    block = Chain((BlockAutoregressive(dim, context_dim, tuple(units)), Reversal(dim)))
+    back = (Reversal(dim),) if layers % 2 else ()
+    return Chain((Stack(block, layers), *back, LULinear(dim)))
 
 
 def _couplings(
