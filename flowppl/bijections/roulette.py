@@ -41,7 +41,8 @@ def roulette_log_det(
     x, context = broadcast(x, context, bijection.context_dim)
     layers = bijection.layers(params, context)
     _, slopes = bijection._g.apply(layers, x)
-    fixed, pull = backend.stop((layers, slopes)), bijection._g.pull
+    pull = bijection._g.pull
+    fixed_layers, fixed_slopes = backend.stop((layers, slopes))
     v_key, n_key = backend.split(rng, 2)
     v = xp.where(backend.uniform(v_key, tuple(x.shape), like=x) < 0.5, -xp.ones_like(x), xp.ones_like(x))
     keep = bijection.contraction
@@ -56,7 +57,7 @@ def roulette_log_det(
         k, weight, term, value, neumann = state
         k = k + 1
         weight = -xp.where(k > exact_terms, weight / keep, weight)  # (-1)^k / P(N >= k)
-        term = pull(*fixed, term)
+        term = pull(fixed_layers, fixed_slopes, term)
         return k, weight, term, value - weight / k * xp.sum(term * v, axis=-1), neumann + weight * term
 
     start = (xp.zeros_like(u), xp.ones_like(u), v, xp.zeros_like(x[..., 0]), v)
