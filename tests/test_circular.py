@@ -61,8 +61,8 @@ def test_ends(backend, ends, more):
     x = np.float64([-1e6, -3.5, -3.0, -1.2, 0.0, 2.9, 3.0, 40.0])
     x = x[2:6] if ends == "circular" else x
     args = on(backend, (np.zeros((spline.num_params, 1)), x))
-    for f in (spline.forward, spline.inverse):
-        value, log_slope = to_numpy(backend, f(*args))
+    both = compiled(backend, lambda theta, x: [spline.forward(theta, x), spline.inverse(theta, x)])
+    for value, log_slope in to_numpy(backend, both(*args)):
         assert_close(value, x, 1e-15)
         assert_close(log_slope, np.zeros(len(x)), 1e-14)
 
@@ -80,7 +80,7 @@ def test_free_ends_go_on_along_tangents(backend):
     """Value and slope meet at the box; outside the slope is the end's, and the box is mapped onto itself."""
     theta = theta_of(FREE, (50,))
     x = np.float64([-1e6, -5.0, -3 - 1e-9, -3.0, -3 + 1e-9, 3 - 1e-9, 3.0, 3 + 1e-9, 5.0, 1e6])[:, None] + np.zeros(50)
-    y, log_slope = to_numpy(backend, FREE.forward(*on(backend, (theta[:, None], x))))
+    y, log_slope = to_numpy(backend, compiled(backend, FREE.forward)(*on(backend, (theta[:, None], x))))
     slopes = FREE._knots(theta)[2]
     for side, end, at in ((slice(0, 4), slopes[0], -3.0), (slice(6, 10), slopes[-1], 3.0)):
         np.testing.assert_allclose(y[side], at + end * (x[side] - at), rtol=1e-12)
@@ -100,9 +100,8 @@ def check_derivatives(backend, spline, x, scale=1.5):
     (y, log_slope, curvature, *again, back, inverse), (_, slope) = to_numpy(
         backend, compiled(backend, lambda t, x: gradient(backend, value, t, x))(*on(backend, (theta, x)))
     )
-    _, (_, by_autodiff) = to_numpy(
-        backend, gradient(backend, lambda t, x: (spline.forward(t, x)[1].sum(), ()), *on(backend, (theta, x)))
-    )
+    bend = compiled(backend, lambda t, x: gradient(backend, lambda t, x: (spline.forward(t, x)[1].sum(), ()), t, x)[1])
+    by_autodiff = to_numpy(backend, bend(*on(backend, (theta, x))))[1]
     assert_close((y, log_slope), tuple(again), 1e-14)
     assert_close(log_slope, np.log(slope), 1e-11)
     assert_close(curvature, by_autodiff, 1e-11)
@@ -132,17 +131,18 @@ def test_float32_is_finite(backend, transformer, direction):
     half = np.float32(np.pi if transformer is CIRCLE else 3.0)
     ends = np.float32([half, -half, *(np.nextafter(s * half, s * w) for s in (1, -1) for w in (0, 9)), 1e3, -1e6])
     x = np.concatenate([ends, np.random.default_rng(2).uniform(-5, 5, 200).astype(np.float32)])
+
+    def loss(theta, x):
+        y, log_slope = getattr(transformer, direction)(theta, x)
+        return y.sum() + log_slope.sum(), (y, log_slope)
+
+    f = compiled(backend, lambda theta, x: gradient(backend, loss, theta, x))
     for scale in (1.0, 20.0):
-        args = on(backend, (theta_of(transformer, x.shape, scale), x), np.float32)
-
-        def loss(theta, x):
-            y, log_slope = getattr(transformer, direction)(theta, x)
-            return y.sum() + log_slope.sum(), (y, log_slope)
-
-        for a in (*(out := to_numpy(backend, gradient(backend, loss, *args)))[0], *out[1]):
+        out = to_numpy(backend, f(*on(backend, (theta_of(transformer, x.shape, scale), x), np.float32)))
+        for a in (*out[0], *out[1]):
             assert a.dtype == np.float32 and np.all(np.isfinite(a))
-    args = on(backend, (theta_of(transformer, x.shape, 0.5), x), np.float32)
-    back = backend.to_numpy(transformer.inverse(args[0], transformer.forward(*args)[0])[0])
+    there_and_back = compiled(backend, lambda theta, x: transformer.inverse(theta, transformer.forward(theta, x)[0])[0])
+    back = backend.to_numpy(there_and_back(*on(backend, (theta_of(transformer, x.shape, 0.5), x), np.float32)))
     error = apart(back, x, np.pi) if transformer is CIRCLE else np.abs(back - x)
     assert np.max(error / (1 + np.abs(x))) < 1e-4
 
@@ -176,7 +176,7 @@ def test_density_is_normalised(backend):
     n = 40_000
     y = np.linspace(-np.pi, np.pi, n, endpoint=False)
     theta = theta_of(CIRCLE, (4, 1), 1.0)
-    _, log_slope = to_numpy(backend, CIRCLE.inverse(*on(backend, (theta, y))))
+    _, log_slope = to_numpy(backend, backend.jit(CIRCLE.inverse)(*on(backend, (theta, y))))
     np.testing.assert_allclose(np.mean(np.exp(log_slope), axis=-1), 1, rtol=1e-6)
     assert np.std(log_slope) > 0.1
 
@@ -185,7 +185,7 @@ def test_shift_alone_is_a_rotation(backend):
     theta = np.zeros((CIRCLE.num_params, 1))
     theta[-1] = 20.0
     x = np.linspace(-3, 3, 7)
-    y, log_slope = to_numpy(backend, CIRCLE.forward(*on(backend, (theta, x))))
+    y, log_slope = to_numpy(backend, compiled(backend, CIRCLE.forward)(*on(backend, (theta, x))))
     assert np.max(apart(y, x + 20)) < 1e-14 and np.max(np.abs(log_slope)) < 1e-14
 
 
