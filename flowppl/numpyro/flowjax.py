@@ -92,7 +92,8 @@ def from_flowjax(distribution: Any) -> Flow:
 
     Its `init` gives the distribution's arrays, trained or not. Its log density and draws are flowjax's; gradients with
     respect to its arrays flow, and to the condition too, which flowjax's own bridge to NumPyro stops. What flowjax has no
-    inverse for (a planar flow of tanh in one direction) cannot score points, or cannot draw.
+    inverse for (a planar flow of tanh in one direction) cannot score points, or cannot draw; and no gradient to the
+    condition goes through the numerical inverse of its block neural autoregressive flow, which raises an error.
 
     Args:
         distribution: A `flowjax.distributions.Transformed` of vectors, over a standard normal base or transforms of one

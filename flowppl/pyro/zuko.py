@@ -87,9 +87,9 @@ def from_zuko(flow: Any) -> Flow:
     """Turns a flow of zuko into one that every guide, distribution, transform and module here takes.
 
     Its `init` gives copies of the module's tensors, trained or not, and nothing ever changes the module itself. Its
-    log density and draws are zuko's; gradients with respect to its parameters and the context flow. zuko's numerical
-    inverses (NAF, UNAF, SOSPF, BPF, GF) are exact to about 1e-6 and, but for BPF, inside (-10, 10) only, and none of
-    them, nor CNF, works under `torch.func`.
+    log density and draws are zuko's; gradients with respect to its parameters and the context flow. zuko draws from
+    NAF, UNAF, SOSPF, BPF and GF by a search, to about 1e-6 and, but for BPF, in [-10, 10] only, where it piles up what
+    would lie beyond: for guides take NSF, MAF or RealNVP. Neither those five nor CNF work under `torch.func`.
 
     Args:
         flow: A `zuko.flows.Flow` of real vectors over a standard normal base. A context is found by its length.
