@@ -241,7 +241,7 @@ def test_batches_broadcast(name, dim, context_dim, batches, framework, seed, noi
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", flows.names())
+@pytest.mark.parametrize("name", sorted({*flows.names()} - {"ttf"}))  # whose tails are heavy from the start
 def test_starts_as_the_identity(name, backend, make_rng, dtype):
     flow = registered(name, 5, 3)
     assert (flow.dim, flow.context_dim) == (5, 3)
