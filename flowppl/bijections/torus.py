@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +133,7 @@ class TorusEnd(Bijection):
         if self.boxed:
             angles, slope = self._box(angles)
             log_det = log_det - xp.sum(slope, axis=-1)
-        place = tuple(sorted(range(self.dim), key=self._order.__getitem__))
-        return pick(xp.concat([angles, rest], axis=-1), place), log_det
+        return self._arrange(angles, rest), log_det
 
     def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
         """See `Bijection.inverse`."""
@@ -146,6 +146,25 @@ class TorusEnd(Bijection):
         if self.boxed:
             log_det = log_det + xp.sum(self._log_slope(y[..., :k]), axis=-1)
         return xp.concat([wrap(angles - params["shift"]), rest], axis=-1), log_det
+
+    def centred(self, y: Array) -> tuple[Array, Callable[[Array], Array]]:
+        """Data `(n, dim)` whose angles are counted from their mean direction, and the way back: for quantiles of angles."""
+        backend = backend_of(y)
+        xp, k = backend.xp, len(self.circular)
+        angles, rest = self._angle(pick(y, self._order[:k])), pick(y, self._order[k:])
+        centre = xp.atan2(xp.mean(xp.sin(angles), axis=0), xp.mean(xp.cos(angles), axis=0))
+
+        def back(y: Array) -> Array:
+            y = pick(y, self._order)
+            angles = wrap(y[..., :k] + centre)
+            return self._arrange(self._box(angles)[0] if self.boxed else angles, y[..., k:])
+
+        return self._arrange(wrap(angles - centre), rest), back
+
+    def _arrange(self, angles: Array, rest: Array) -> Array:
+        """Angles and real numbers in the order of the data."""
+        place = tuple(sorted(range(self.dim), key=self._order.__getitem__))
+        return pick(backend_of(angles).xp.concat([angles, rest], axis=-1), place)
 
     def _angle(self, u: Array) -> Array:
         return wrap(u) if not self.boxed else math.pi * backend_of(u).xp.tanh(0.5 * u)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,12 @@ def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) 
     params = variables["params"]["bijection"]
     placed = (*params[:-1], end) if isinstance(bijection, Chain) else end
     return {**variables, "params": {**variables["params"], "bijection": placed}}
+
+
+def centred(flow: Flow, draws: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Draws `(n, dim)` whose quantiles make sense, angles counted from their mean direction, and the way back."""
+    end = _last(flow.bijection)
+    return end.centred(draws) if isinstance(end, TorusEnd) else (draws, lambda x: x)
 
 
 def _last(bijection: Any) -> Any:

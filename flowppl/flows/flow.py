@@ -148,4 +148,5 @@ def part_of(variables: dict[str, Any], name: str) -> dict[str, Any]:
 
 def exemplar(variables: dict[str, Any]) -> Array | None:
     """An array whose dtype and device a flow's draws get."""
-    return next(iter(tree.leaves(variables["params"])), None)
+    leaves = [*tree.leaves(variables["params"]), *tree.leaves(variables["const"])]
+    return next((a for a in leaves if "float" in str(a.dtype)), None)

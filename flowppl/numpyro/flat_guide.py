@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,9 @@ class FlatGuide(AutoContinuous):
             elsewhere = look(self.model, jax.random.fold_in(key, 1), args, kwargs)
         model, self.model = self.model, hide_enumerated(self.model, elsewhere)
         try:
-            with handlers.seed(rng_seed=key), jax.ensure_compile_time_eval():
+            with handlers.seed(rng_seed=key), jax.ensure_compile_time_eval(), warnings.catch_warnings():
+                # NumPyro advises against what this guide is made for.
+                warnings.filterwarnings("ignore", "Continuous inference poorly handles circular", UserWarning)
                 super()._setup_prototype(*args, **kwargs)
                 # NumPyro keeps the sites in the model's order or in that of their names, as the start was found; files and
                 # LogDensity have one order.

@@ -17,7 +17,7 @@ from numpyro.infer.initialization import init_to_median
 from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError
 from flowppl.flows import Flow, Recipe, files
-from flowppl.flows.affine_end import place, with_affine_end
+from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.recipes import over_latents
 from flowppl.laplace import laplace
 from flowppl.numpyro.bases import FlowBase
@@ -141,9 +141,14 @@ class AutoFlow(FlatGuide):
         return jax.tree.map(lambda a: a[0], self.quantiles(params, [0.5]))
 
     def quantiles(self, params: dict[str, Any], quantiles: Any) -> dict[str, Array]:
-        """Quantiles of each unconstrained coordinate, from draws, constrained: `(num_quantiles, *shape)` by site."""
+        """Quantiles of each unconstrained coordinate, from draws, constrained: `(num_quantiles, *shape)` by site.
+
+        Those of angles are counted from the mean direction.
+        """
         draws = self.get_posterior(params).sample(jax.random.key(0), (_QUANTILE_DRAWS,))
-        return self._unpack_and_constrain(jnp.quantile(draws, jnp.asarray(quantiles, draws.dtype), axis=0), params)
+        draws, back = centred(self._flow, draws)
+        found = jnp.quantile(draws, jnp.asarray(quantiles, draws.dtype), axis=0)
+        return self._unpack_and_constrain(back(found), params)
 
     def log_prob(self, params: dict[str, Any], values: dict[str, Array]) -> Array:
         """Log density of the guide at constrained values, with the Jacobian of the constraints.

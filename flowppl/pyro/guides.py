@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 from flowppl import flows, tree
 from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
-from flowppl.flows.affine_end import place, with_affine_end
+from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.flow import part_of
 from flowppl.flows.recipes import over_latents
 from flowppl.laplace import laplace
@@ -187,14 +187,17 @@ class AutoFlow(FlatGuide):
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of each unconstrained coordinate, from draws, constrained: `(num_quantiles, *shape)` by site.
 
+        Those of angles are counted from the mean direction.
+
         Args:
             quantiles: Levels between 0 and 1; a single one adds no axis.
             args: The model's arguments, for a guide that is not set up yet.
             kwargs: Its keyword arguments.
         """
         draws = self.setup(*args, **kwargs)._draw(torch.Generator().manual_seed(0), (_QUANTILE_DRAWS,))
+        draws, back = centred(self._flow, draws)
         levels = np.quantile(draws.cpu().numpy(), np.asarray(quantiles, np.float64), axis=0)
-        return self._constrain(torch.as_tensor(levels).to(draws))
+        return self._constrain(back(torch.as_tensor(levels).to(draws)))
 
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density of the guide at constrained values, with the Jacobian of the constraints.

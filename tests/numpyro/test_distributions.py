@@ -205,3 +205,15 @@ def test_float32_arrays_give_float32_draws(flow, variables):
     x, intermediates = draw(q, jax.random.key(0), (2,))
     assert x.dtype == log_prob(q, x, intermediates).dtype == log_prob(q, x).dtype == jnp.float32
     assert q.base_dist.sample(jax.random.key(0)).dtype == jnp.float32
+
+
+def test_a_mixture_of_flows_is_numpyros_own(small):
+    """One conditional flow, its contexts one-hot vectors: a batch of flows, which MixtureSameFamily mixes."""
+    flow = small(dim=2, context_dim=3)
+    weights = jnp.array([0.2, 0.5, 0.3])
+    components = FlowDistribution(flow, flow.init(jax.random.key(0)), jnp.eye(3))
+    mixture = dist.MixtureSameFamily(dist.Categorical(weights), components)
+    x = mixture.sample(jax.random.key(1), (5,))
+    expected = jax.nn.logsumexp(jnp.log(weights) + components.log_prob(x[:, None]), axis=-1)
+    assert x.shape == (5, 2)
+    np.testing.assert_allclose(mixture.log_prob(x), expected, rtol=1e-9)

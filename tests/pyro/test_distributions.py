@@ -363,3 +363,13 @@ def test_nuts_over_a_flow_prior(scramble):
     # The posterior is N((2, 0), 1/2): five standard errors at an effective sample size of 50.
     assert torch.allclose(draws.mean(0), torch.tensor([2.0, 0.0]), atol=5 * math.sqrt(0.5 / 50))
     assert torch.allclose(draws.var(0), torch.tensor(0.5), atol=0.4)
+
+
+def test_a_mixture_of_flows_is_pyros_own():
+    """One conditional flow, its contexts one-hot vectors: a batch of flows, which MixtureSameFamily mixes."""
+    flow, variables = make(SMALL, 2, 3)
+    weights, components = torch.tensor([0.2, 0.5, 0.3]), FlowDistribution(flow, variables, torch.eye(3))
+    mixture = dist.MixtureSameFamily(dist.Categorical(weights), components)
+    x = mixture.sample((5,))
+    expected = torch.logsumexp(weights.log() + components.log_prob(x[:, None]), -1)
+    assert x.shape == (5, 2) and torch.allclose(mixture.log_prob(x), expected)
