@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FRONTS = {"numpyro": "NumPyro", "pyro": "Pyro"}
 
 
-def _run(code: str, folder: Path) -> None:
-    code, replaced = re.subn(r"\b3000\b", "3", code)
-    assert replaced, "the script trains for 3000 steps"
+def _run(code: str, folder: Path, steps: int = 3000) -> None:
+    code, replaced = re.subn(rf"\b{steps}\b", "3", code)
+    assert replaced, f"the script trains for {steps} steps"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=280, cwd=folder)
 
 
@@ -31,13 +31,25 @@ def test_readme(front: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 def test_getting_started(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
-    text = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
-    tabs = re.split(r'^=== "(\w+)"\n', text, flags=re.MULTILINE)[1:]
-    blocks = [
+    blocks = _blocks("docs/getting-started.md", front)
+    assert len(blocks) == 4
+    _run("\n".join(blocks), tmp_path)
+
+
+@pytest.mark.parametrize(("front", "library"), [("numpyro", "flowjax"), ("pyro", "zuko")])
+def test_other_libraries(front: str, library: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    pytest.importorskip(library)
+    (script,) = _blocks("docs/other-libraries.md", front)
+    _run(script, tmp_path, steps=300)
+
+
+def _blocks(page: str, front: str) -> list[str]:
+    """The Python blocks in the tabs of one front."""
+    tabs = re.split(r'^=== "(\w+)"\n', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return [
         textwrap.dedent(block)
         for title, tab in zip(tabs[::2], tabs[1::2], strict=True)
         if title == FRONTS[front]
         for block in re.findall(r"^    ```python\n(.*?)^    ```", tab, re.DOTALL | re.MULTILINE)
     ]
-    assert len(blocks) == 4
-    _run("\n".join(blocks), tmp_path)
