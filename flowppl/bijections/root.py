@@ -44,25 +44,29 @@ def solve_increasing(
     else:
         low, high, harmless = backend.stop(lower), backend.stop(upper), None
 
-    def narrow(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        x, low, high, last = state
+    eps = xp.finfo(target.dtype).eps
+
+    def unsolved(x: Array, value: Array, slope: Array, width: Array) -> Array:
+        tolerance = 8 * eps * (1 + xp.abs(x))
+        # a quotient, for where both overflow it is NaN and the number unsolved; a bracket of NaN has nothing to solve
+        close = (xp.abs(value - goal) - 2 * eps * xp.abs(goal)) / slope <= tolerance
+        return ~close & (width > tolerance)
+
+    def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, low, high, last, _ = state
         value, slope = f(x)
         error = value - goal
         low, high = xp.where(error <= 0, x, low), xp.where(error >= 0, x, high)
         newton, middle = x - error / slope, (low + high) / 2
         converging = (newton > low) & (newton < high) & (2 * xp.abs(newton - x) <= last)
-        new = xp.where(converging, newton, middle)
-        return new, low, high, xp.abs(new - x)
+        # a solved number stays: rounding does not halve its steps, and halving its bracket would lead it away
+        go = unsolved(x, value, slope, high - low)
+        new = xp.where(go, xp.where(converging, newton, middle), x)
+        return new, low, high, xp.abs(new - x), go
 
-    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
-        x, low, high, _ = state
-        value, slope = f(x)
-        tolerance = 8 * xp.finfo(x.dtype).eps * (1 + xp.abs(x))
-        return xp.any((xp.abs(value - goal) > tolerance * slope) & (high - low > tolerance))
-
-    start = ((low + high) / 2, low, high, high - low)
+    start = ((low + high) / 2, low, high, high - low, high >= low)
     watch("root", narrow, start, max_steps=MAX_STEPS, tol=8 * xp.finfo(target.dtype).eps, first=lambda s: s[0])
-    x = backend.stop(backend.while_loop(unfinished, narrow, start, max_steps=MAX_STEPS)[0])
+    x = backend.stop(backend.while_loop(lambda state: xp.any(state[-1]), narrow, start, max_steps=MAX_STEPS)[0])
     missed = None
     if harmless is not None:
         # What is thrown away must have finite derivatives: there the attached steps solve for a value that f has.

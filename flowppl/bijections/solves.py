@@ -46,6 +46,15 @@ def watch_solves() -> Iterator[list[Solve]]:
         _WATCHERS[:] = [c for c in _WATCHERS if c is not collected]
 
 
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    watchers, _WATCHERS[:] = _WATCHERS[:], []
+    try:
+        yield
+    finally:
+        _WATCHERS[:] = watchers
+
+
 def fixed_point(
     step: Callable[[Any, Array], Array], args: Any, x: Array, *, max_steps: int, tol: float, method: str = "fixed point"
 ) -> Array:
@@ -74,8 +83,14 @@ def iterate(sweep: Callable[[Array], Array], x: Array, *, max_steps: int, tol: f
         new = sweep(state[0])
         return new, xp.any(xp.abs(new - state[0]) > tol * (1 + xp.abs(new)))
 
-    start = x, xp.any(x == x)  # an empty batch is solved
-    return backend.stop(backend.while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0])
+    def loop() -> Array:
+        start = x, xp.any(x == x)  # an empty batch is solved
+        return backend.stop(backend.while_loop(lambda state: state[1], body, start, max_steps=max_steps)[0])
+
+    if not _WATCHERS:
+        return loop()
+    with _unwatched():  # what a sweep solves has been seen, and a loop may be traced
+        return loop()
 
 
 def watch(
