@@ -86,7 +86,7 @@ def calibrate(
     """
     if y.ndim != 2 or y.shape[-1] != bijection.dim or not y.shape[0]:
         raise DimensionError(f"y: expected shape (n, {bijection.dim}) with n >= 1, got {tuple(y.shape)}")
-    return _calibrate(bijection, variables, y, context, inverted=False)[0]
+    return _calibrate(bijection, variables, backend_of(y).stop(y), context, inverted=False)[0]
 
 
 def _calibrate(
@@ -115,16 +115,14 @@ def _calibrate(
             return tree.stack(parts), y
         return {kind: tuple(part[kind] for part in parts) for kind in variables}, y
     if isinstance(bijection, ActNorm):
-        variables = {**variables, "const": _standardising(y, variables["const"]["scale"], inverted)}
+        variables = {**variables, "const": _standardising(y, inverted)}
     step = bijection.forward if inverted else bijection.inverse
     return variables, backend_of(y).stop(step(bind(variables), y, context)[0])
 
 
-def _standardising(y: Array, like: Array, inverted: bool) -> dict[str, Array]:
-    backend = backend_of(y)
-    xp, y = backend.xp, backend.stop(y)
+def _standardising(y: Array, inverted: bool) -> dict[str, Array]:
+    xp = backend_of(y).xp
     mean, std = xp.mean(y, axis=0), xp.std(y, axis=0)
     rounding = 8 * xp.finfo(y.dtype).eps * xp.max(xp.abs(y), axis=0)
     std = xp.where(std > rounding, std, xp.ones_like(std))
-    scale, shift = (1 / std, -mean / std) if inverted else (std, mean)
-    return {"scale": backend.asarray(scale, like), "shift": backend.asarray(shift, like)}
+    return {"scale": 1 / std, "shift": -mean / std} if inverted else {"scale": std, "shift": mean}

@@ -100,8 +100,9 @@ class QRLinear(_Reflecting):
 
     def init(self, rng: Any) -> dict[str, Any]:
         """Starts as the identity."""
-        vectors, zeros = _draw(rng, self._count, self.dim), backend_of_rng(rng).xp.zeros((self.dim, self.dim))
-        return {"params": {"vectors": vectors, "upper": zeros, "bias": zeros[0]}, "const": {}}
+        xp, d = backend_of_rng(rng).xp, self.dim
+        params = {"vectors": _draw(rng, self._count, d), "upper": xp.zeros((d, d)), "bias": xp.zeros((d,))}
+        return {"params": params, "const": {}}
 
     def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
         """Q and R; one matrix holds R above the diagonal and the logarithm of R's diagonal on it."""

@@ -66,8 +66,8 @@ class Sylvester(Bijection):
         backend = backend_of_rng(rng)
         m = self._rank
         q_key, net_key = backend.split(rng, 2)
-        zeros = backend.xp.zeros((m, m + 1))
-        params = {"vectors": backend.normal(q_key, (m, self.dim)), "factors": zeros, "bias": zeros[0, :m]}
+        params = {"vectors": backend.normal(q_key, (m, self.dim))}
+        params |= {"factors": backend.xp.zeros((m, m + 1)), "bias": backend.xp.zeros((m,))}
         if self.context_dim:
             params["net"] = self._net.init(net_key)
         return {"params": params, "const": {}}
