@@ -23,7 +23,7 @@ _SHIFT = (
 class DeepSigmoid(Transformer):
     """y = logit(S(x)) with S(x) = sum_j w_j sigmoid(a_j x + b_j), a_j > 0 and weights w that sum to one.
 
-    Huang et al. 2018, "Neural autoregressive flows", equations 8 and 9. One such layer; `Composed` stacks them. Everything is
+    Huang et al. 2018, "Neural autoregressive flows", section 3.1. This is one layer of it; `Composed` stacks them. Everything is
     in log space, y = log S - log(1 - S), so nothing saturates and y takes every value; a_j and b_j are smoothly bounded. The
     inverse is a root search within min_j (y - b_j) / a_j <= x <= max_j (y - b_j) / a_j.
 

@@ -19,13 +19,12 @@ _COEFFICIENT = 30.0  # bound of the coefficients, so that float32 can hold a val
 class SumOfSquares(Transformer):
     """y = c + integral from 0 to x of m + (1 - m) mean_k (1 + q_k(u))^2 du, with polynomials q_k and m = 1e-3.
 
-    Jaini, Selby and Yu 2019, "Sum-of-squares polynomial flow", equation 8, with a least slope, and with ones that make it the
-    identity at zero. The integral is a polynomial of degree 2 degree + 1; the inverse is a root search. q_k is written in powers
+    Jaini, Selby and Yu 2019, "Sum-of-squares polynomial flow", with a least slope, and with ones that make it the identity at
+    zero parameters. The integral is a polynomial of degree 2 degree + 1; the inverse is a root search. q_k is written in powers
     of u / (k + 1), k = 1, 2, ...: polynomials that start alike have different gradients, and part.
 
-    Tails grow like the highest power of x, so those of the inverse's density fall faster than the base's: for targets with
-    tails lighter than the base's, or the other way round within `Inverse`. Two in sequence already raise a point a million
-    units out to a height that float32 does not hold.
+    A point far out grows like the highest power of x, so the base's tails become heavier, and lighter within `Inverse`. Two in
+    sequence already take a point a million units out to where float32 ends.
 
     Attributes:
         polynomials: How many squares are averaged; two can make every positive polynomial.

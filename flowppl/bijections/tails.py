@@ -21,7 +21,7 @@ _LOG_SQRT_TAU = 0.5 * math.log(math.tau)
 class ExtremeTails(Transformer):
     """T(z) = +-u (P^-lam - 1) / lam, P = 2 Phi(-|z|): standard normal z in, and out come tails Pr(|y| > t) ~ t^(-1 / lam).
 
-    Hickling and Prangle 2024, "Flexible tails for normalizing flows", equation 6, with u = sqrt(pi / 2) so that the slope at
+    Hickling and Prangle 2024, "Flexible tails for normalizing flows", with u = sqrt(pi / 2) so that the slope at
     zero is one. P is the probability of a larger |z|, so |y| has a generalised Pareto distribution; lam, one number for each
     side, is 1 / df of a Student-t density with such tails, within (1/150, 1.5). It belongs at the data's end of a flow with a
     normal base. Beyond |z| = 8 the map is linear, and so continuously differentiable, finite in float32, and onto the line.
