@@ -46,7 +46,7 @@ ifneq ($(PYTHON312),)
 test-numpyro: .venv-numpyro/.stamp
 	.venv-numpyro/bin/python tools/check_env.py numpyro
 	$(TEST) .venv-numpyro/bin/python $(PYTEST) -m "not slow" --doctest-modules \
-		--ignore=tests/pyro tests flowppl/numpyro $(PYTEST_ARGS)
+		--ignore=tests/pyro --ignore=flowppl/numpyro/flowjax.py tests flowppl/numpyro $(PYTEST_ARGS)
 else
 test-numpyro:
 	@echo 'NOT RUN: the tests of the NumPyro front alone, since there is no Python 3.12 (set PYTHON312=/path/to/python3.12)' >&2
@@ -57,7 +57,7 @@ endif
 test-pyro: .venv-pyro/.stamp
 	.venv-pyro/bin/python tools/check_env.py pyro
 	$(TEST) .venv-pyro/bin/python $(PYTEST) -m "not slow" --doctest-modules \
-		--ignore=tests/numpyro tests flowppl/pyro $(PYTEST_ARGS)
+		--ignore=tests/numpyro --ignore=flowppl/pyro/zuko.py tests flowppl/pyro $(PYTEST_ARGS)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check
@@ -83,12 +83,12 @@ INSTALL = -m pip install -qq --constraint constraints.txt --editable
 
 .venv-numpyro/.stamp: $(DEPENDS)
 	$(call make_venv,$(PYTHON312),3.12)
-	$(@D)/bin/python $(INSTALL) '.[flowjax,plots,test]'
+	$(@D)/bin/python $(INSTALL) '.[numpyro,plots,test]'
 	@touch $@
 
 .venv-pyro/.stamp: $(DEPENDS)
 	$(call make_venv,$(PYTHON),3.11 or later)
-	$(@D)/bin/python $(INSTALL) '.[zuko,test]'
+	$(@D)/bin/python $(INSTALL) '.[pyro,test]'
 	@touch $@
 
 .venv-bench/.stamp: $(DEPENDS) benchmarks/requirements.txt

@@ -772,3 +772,8 @@ def test_torch_draws_follow_the_defaults_and_the_global_seed():
         assert backend.normal(rng, (3,), meta).is_meta and backend.gamma(rng, meta, (3, 2)).is_meta
     generator = torch.Generator().manual_seed(0)
     assert all(g is generator for g in backend.split(generator, 3))
+
+
+def test_numbers_become_arrays_without_rounding(backend, f64):
+    """0.1 in float64 is not 0.1 in float32, which is torch's default."""
+    assert float(backend.asarray([0.1], f64([0.0]))[0]) == 0.1

@@ -27,10 +27,12 @@ from flowppl.flows import Flow
 from tests.conftest import FRAMEWORKS
 from tests.registry import (
     CASES,
+    COMPILED,
     FEW,
     HIDDEN,
     ILL_CONDITIONED_FAR_OUT,
     assert_close,
+    cases,
     compiled,
     gradient,
     on,
@@ -47,15 +49,23 @@ TOL = 1e-10
 needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
 
 
-# One flow after the other, so that its reports are made once.
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    return request.param
+@pytest.fixture(scope="module")
+def backend(request):
+    return get_backend(request.param)
 
 
-@pytest.fixture(scope="module", params=FEW)
-def few(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    """One flow after the other, so that its reports are made once."""
+    name = next((n for n in ("case", "few") if n in metafunc.fixturenames), None)
+    those = FEW if name == "few" else list(CASES)
+    if "backend" not in metafunc.fixturenames:
+        if name:
+            metafunc.parametrize(name, cases(FRAMEWORKS[0], FRAMEWORKS, those), scope="module")
+    elif name:
+        pairs = [(f, n) for n in those for f in FRAMEWORKS if n in cases(f, FRAMEWORKS)]
+        metafunc.parametrize(("backend", name), pairs, indirect=["backend"], scope="module")
+    else:
+        metafunc.parametrize("backend", FRAMEWORKS, indirect=True, scope="module")
 
 
 def test_round_trip(case, backend):
@@ -92,7 +102,9 @@ def test_score_is_the_gradient_of_log_prob(case, backend):
     _check_score(case, report(case, backend.name), TOL)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("autoregressive")])
+@pytest.mark.parametrize(
+    "name", [n for n in COMPILED if n.startswith("autoregressive")][: None if len(FRAMEWORKS) > 1 else 2]
+)
 def test_score_where_coordinates_depend_strongly(name, backend):
     """Jacobi sweeps that stop too early leave powers of the dependence: too little to see at small weights."""
     _check_score(name, report(name, backend.name, scale=4.0), 1e-9)
@@ -140,12 +152,13 @@ def test_float32(few, backend, scale):
 
 @pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="needs torch and jax")
 @pytest.mark.parametrize("where", ["near", "far"])
-def test_torch_and_jax_agree(case, where):
+@pytest.mark.parametrize("case_", cases("jax", FRAMEWORKS))
+def test_torch_and_jax_agree(case_, where):
     """Values, log-dets, scores and gradients with respect to parameters, points and contexts."""
-    torch, jax = (report(case, framework, where) for framework in ("torch", "jax"))
+    torch, jax = (report(case_, framework, where) for framework in ("torch", "jax"))
     if where == "near":
         assert_close(torch[1:], jax[1:], TOL)
-    elif not case.startswith(ILL_CONDITIONED_FAR_OUT):  # nor are gradients well-conditioned so far out
+    elif not case_.startswith(ILL_CONDITIONED_FAR_OUT):  # nor are gradients well-conditioned so far out
         assert_close(torch.with_score.values, jax.with_score.values, 1e-8)
         assert_close(torch.score.values, jax.score.values, 1e-8)
 
@@ -332,7 +345,7 @@ def test_torch_compile(layer, monkeypatch):
 
 
 @needs_torch
-@pytest.mark.parametrize("case_", CASES)
+@pytest.mark.parametrize("case_", cases("torch", FRAMEWORKS))
 def test_meta_device(case_):
     """Shapes and dtypes without any values: neither a branch on values, nor an array made elsewhere."""
     import torch

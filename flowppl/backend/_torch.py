@@ -61,7 +61,10 @@ def asarray(a: Any, like: Tensor | None = None) -> Tensor:
     out = torch.as_tensor(a, device=torch.get_default_device() if like is None else like.device)
     if not is_float(out) or (isinstance(a, Tensor) and not is_float(like)):
         return out
-    return out.to(like.dtype if is_float(like) else torch.get_default_dtype())
+    dtype = like.dtype if is_float(like) else torch.get_default_dtype()
+    if not isinstance(a, (Tensor, np.ndarray)):
+        return torch.as_tensor(a, dtype=dtype, device=out.device)  # not by way of the default dtype, which rounds
+    return out.to(dtype)
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
