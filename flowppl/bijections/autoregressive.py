@@ -99,7 +99,6 @@ class MaskedAutoregressive(Bijection):
         last = {k: in_blocks(xp.reshape(a, (rows, self.dim, *a.shape[1:])), 1) for k, a in masked["layers"][-1].items()}
         target = in_blocks(flat(y), 0)
         which = backend.asarray(list(range(blocks)), y)
-        constant = [] if context is None else [flat(context)]
 
         def block(x: Array, row: tuple[Array, Params, Array]) -> tuple[Array, None]:
             index, last, target = row
@@ -107,9 +106,9 @@ class MaskedAutoregressive(Bijection):
             last = {k: xp.reshape(a, (rows * size, *a.shape[2:])) for k, a in last.items()}
 
             def sweep(own: Array) -> Array:
-                inputs = xp.reshape(xp.where(here, own, x), (blocks * size, -1))[: self.dim]
-                h = net.hidden_units(masked, xp.concat([inputs, *constant], axis=0))
-                theta = xp.reshape(net.last_layer(last, h), (rows, size, -1))
+                inputs = own if blocks == 1 else xp.reshape(xp.where(here, own, x), (blocks * size, -1))[: self.dim]
+                inputs = inputs if context is None else xp.concat([inputs, flat(context)], axis=0)
+                theta = xp.reshape(net.last_layer(last, net.hidden_units(masked, inputs)), (rows, size, -1))
                 return xp.clip(self.transformer.inverse(theta, target)[0], -largest, largest)
 
             tol = max(self.tol, 4 * float(xp.finfo(y.dtype).eps))
@@ -123,7 +122,7 @@ class MaskedAutoregressive(Bijection):
     def _blocks(self) -> int:
         """A sweep of one block runs all hidden units and its share of the rest: many blocks where the rest is what costs."""
         outputs = self.transformer.num_params * self.dim
-        return max(1, min(self.dim // 8, outputs // (sum(self.hidden) or 1)))
+        return max(1, min(self.dim // 16, outputs // (sum(self.hidden) or 1)))
 
     def forward_with_score(
         self,
