@@ -113,7 +113,9 @@ class BlockAutoregressive(Bijection):
             x = solve_increasing(lambda x: apply(blocks, x, offsets)[:2], y, x - reach, x + reach)
             return xp.clip(x, -largest, largest)
 
-        return iterate(sweep, xp.clip(y, -largest, largest), max_steps=self.dim, tol=4 * eps / MIN_SLOPE, method="jacobi")
+        return iterate(
+            sweep, xp.clip(y, -largest, largest), max_steps=self.dim, tol=4 * eps / MIN_SLOPE, method="jacobi"
+        )
 
     def forward_with_score(
         self,
