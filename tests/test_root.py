@@ -244,7 +244,10 @@ def test_known_ends_cost_no_evaluation_more():
 
 def test_solved_numbers_wait_for_the_others():
     """Rounding spoils the halving of Newton's steps once they are tiny: none may then leave its solution and bisect back."""
-    f = lambda x: (x + 0.05 * np.sin(3 * x), 1 + 0.15 * np.cos(3 * x))
+
+    def f(x):
+        return x + 0.05 * np.sin(3 * x), 1 + 0.15 * np.cos(3 * x)
+
     target = np.random.default_rng(0).standard_normal(1000)
     with watch_solves() as solves:
         x = solve_increasing(f, target, target - 3, target + 1)

@@ -25,7 +25,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockMLP(Configured):
-    """y_i = x_i + h_i(x_1 ... x_i) with slopes dy_i/dx_i between 0.1 and 18: in coordinates, triangular and increasing.
+    """y_i = x_i + h_i(x_1 ... x_i) with slopes dy_i/dx_i between 0.1 and 18.2: in coordinates, triangular and increasing.
 
     The layers of De Cao, Titov and Aziz 2019, "Block neural autoregressive flow", equations 5 to 11: weights within a coordinate's
     block are positive, those on units of earlier coordinates are free, and the diagonal of the Jacobian is a product of small
