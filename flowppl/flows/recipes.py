@@ -412,18 +412,24 @@ def residual(
 
 
 @register("bnaf")
-def bnaf(dim: int, context_dim: int, *, layers: int = 2, units: tuple[int, ...] = (8, 8)) -> Bijection:
-    """Block neural autoregressive flow whose range is the whole line. De Cao et al. 2019.
+def bnaf(
+    dim: int,
+    context_dim: int,
+    *,
+    layers: int = 3,
+    units: tuple[int, ...] = (8, 8),
+    hidden: tuple[int, ...] = (64, 64),
+) -> Bijection:
+    """Block neural autoregressive flow whose range is the whole line, with learned linear mixing. De Cao et al. 2019.
 
     Args:
         dim: Length of the vectors.
         context_dim: Length of the context.
         layers: Number of maps; the order of the coordinates is reversed after each.
         units: Units for each coordinate of each map's hidden layers.
+        hidden: With a context, widths of the networks' hidden layers.
     """
-    block = Chain((BlockAutoregressive(dim, context_dim, tuple(units)), Reversal(dim)))
-    back = (Reversal(dim),) if layers % 2 else ()
-    return Chain((Stack(block, layers), *back, LULinear(dim)))
+    return _alternating(BlockAutoregressive(dim, context_dim, tuple(units), tuple(hidden)), layers, linear=True)
 
 
 def _couplings(
@@ -493,13 +499,18 @@ def _autoregressive(
     linear: bool,
     density: bool,
 ) -> Bijection:
-    """Autoregressive maps in alternating orders, and an affine map at the end."""
+    """Masked-autoregressive maps, whose fast direction is that of the density or that of draws."""
     if isinstance(transformer, str):
         if transformer not in _TRANSFORMERS:
             raise ValueError(f"transformer must be one of {', '.join(_TRANSFORMERS)}, got {transformer!r}")
         transformer = _TRANSFORMERS[transformer]
     one_pass = MaskedAutoregressive(dim, transformer, context_dim, tuple(hidden), activation)
+    return _alternating(Inverse(one_pass) if density else one_pass, layers, linear)
+
+
+def _alternating(triangular: Bijection, layers: int, linear: bool) -> Bijection:
+    """Triangular maps in alternating orders, and an affine map at the end."""
+    dim = triangular.dim
     mixing = (LULinear(dim),) if linear else ()
-    block = Chain((*mixing, Inverse(one_pass) if density else one_pass, Reversal(dim)))
     back = (Reversal(dim),) if layers % 2 else ()
-    return Chain((Stack(block, layers), *back, LULinear(dim)))
+    return Chain((Stack(Chain((*mixing, triangular, Reversal(dim))), layers), *back, LULinear(dim)))
