@@ -39,6 +39,7 @@ from flowppl.bijections import (
     bind,
 )
 from flowppl.flows import CircularUniform, Flow, Mixture, Product, StudentT, recipes
+from flowppl.flows.flow import part_of
 
 Array = Any
 
@@ -164,6 +165,16 @@ def variables(flow: Flow, seed: int = 0, noise: float = 0.2) -> dict[str, Any]:
     drawn = flow.init(rng)
     params = tree.map(lambda p: p + noise * rng.standard_normal(np.shape(p)), drawn["params"])
     return {"params": params, "const": drawn["const"]}
+
+
+def own_variables(bijection: Bijection, **options: Any) -> dict[str, Any]:
+    """The same for a bijection alone."""
+    return part_of(variables(Flow(bijection), **options), "bijection")
+
+
+def of_flow(own: dict[str, Any]) -> dict[str, Any]:
+    """A flow's variables from its bijection's, on a base without any."""
+    return {kind: {"base": {}, "bijection": arrays} for kind, arrays in own.items()}
 
 
 class Points(NamedTuple):

@@ -13,7 +13,7 @@ from flowppl.bijections.radial import Radial
 from flowppl.bijections.sylvester import Sylvester
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow
-from tests.registry import assert_close, compiled, gradient, on, to_numpy, variables
+from tests.registry import assert_close, compiled, gradient, of_flow, on, own_variables, to_numpy
 
 
 @pytest.fixture
@@ -119,11 +119,11 @@ def test_orthogonal_in_two_dimensions_turns_by_twice_the_arctangent():
 def test_known_factors(backend, rng):
     """The matrices of the triangular and the QR map, entry by entry."""
     a = rng.standard_normal((4, 4))
-    v = variables(Flow(TriangularLinear(4)))
+    v = own_variables(TriangularLinear(4))
     v["params"]["lower"] = a
     expected = np.tril(a, -1) + np.diag(np.exp(np.diag(a)))
     assert_close(matrix(backend, TriangularLinear(4), on(backend, v)), expected, 1e-14)
-    v = variables(Flow(QRLinear(4, 6)))
+    v = own_variables(QRLinear(4, 6))
     v["params"]["upper"] = a
     expected = reflections(v["params"]["vectors"]) @ (np.triu(a, 1) + np.diag(np.exp(np.diag(a))))
     assert_close(matrix(backend, QRLinear(4, 6), on(backend, v)), expected, 1e-13)
@@ -133,7 +133,7 @@ def test_known_factors(backend, rng):
 def test_light_coordinates_see_themselves_alone(backend, light, rng):
     """In both directions, with no gradient to the entries that are cut off; all else is the plain map's."""
     flow = LULinear(4, light=light)
-    v = on(backend, variables(Flow(flow), noise=1.0))
+    v = on(backend, own_variables(flow, noise=1.0))
     v["params"]["bias"] = 0 * v["params"]["bias"]
     w, inverse = matrix(backend, flow, v), matrix(backend, flow, v, inverse=True)
     assert not np.any(w[:light, light:]) and not np.any(inverse[:light, light:])
@@ -183,7 +183,7 @@ def test_calibrate_standardises_at_every_actnorm(backend, rng):
     flow = Chain(
         (ActNorm(dim), Stack(bent, 2), Inverse(Chain((bent, Stack(Inverse(bent), 2)))), Elementwise(dim, Affine(), 2))
     )
-    v = on(backend, variables(Flow(flow), noise=0.5))
+    v = on(backend, own_variables(flow, noise=0.5))
     y, context = on(backend, (rng.gamma(2.0, size=(200, dim)) * [1e-3, 1.0, 50.0] + 7, rng.standard_normal((200, 2))))
     v = calibrate(flow, v, y, context)
     left = []
@@ -216,7 +216,7 @@ def test_calibrate_standardises_at_every_actnorm(backend, rng):
 def test_calibrate_keeps_params_and_dtype(backend, rng):
     """It moves constants only."""
     flow = Chain((Stack(Chain((ActNorm(2), LULinear(2))), 2), ActNorm(2)))
-    before = on(backend, variables(Flow(flow)), "float32")
+    before = on(backend, own_variables(flow), "float32")
     after = calibrate(flow, before, on(backend, rng.standard_normal((20, 2)), "float32"))
     assert_close(to_numpy(backend, after["params"]), to_numpy(backend, before["params"]), 0.0)
     assert tree.paths(after).keys() == tree.paths(before).keys()
@@ -230,7 +230,7 @@ def test_constant_columns_are_centred_alone(backend, inverted):
     """0.1 has no exact mean: rounding is no deviation."""
     flow = Inverse(ActNorm(3)) if inverted else ActNorm(3)
     y = on(backend, np.stack([np.full(7, 0.1), np.zeros(7), np.arange(7.0)], axis=-1))
-    v = calibrate(flow, on(backend, variables(Flow(flow))), y)
+    v = calibrate(flow, on(backend, own_variables(flow)), y)
     x, log_det = to_numpy(backend, flow.inverse(bind(v), y))
     assert_close(x[:, :2], np.zeros((7, 2)), 1e-15)
     assert_close(np.std(x[:, 2]), np.float64(1.0), 1e-14)
@@ -277,7 +277,7 @@ def test_radial_at_its_centre_and_far_out(backend, dtype, slope):
     x = on(backend, 1 + np.outer(r, [0.6, 0.8]), dtype)
 
     def loss(params, x):
-        full = {**v, "params": params}
+        full = of_flow({**v, "params": params})
         sample = flow.push(full, x, with_score=True)
         log_prob = flow.log_prob(full, x)
         return sample.x.sum() + sample.log_prob.sum() + log_prob.sum(), (
@@ -300,7 +300,7 @@ def test_radial_at_its_centre_and_far_out(backend, dtype, slope):
 
 def test_sylvester_of_rank_one_is_planar(backend, rng):
     """Along the vector that its one reflection makes of the first axis."""
-    s = variables(Flow(Sylvester(3, 1)))
+    s = own_variables(Sylvester(3, 1))
     s["params"]["factors"] = np.float64([[0.4, -2.0]])  # log r~ and r r~, raw
     q = reflections(s["params"]["vectors"])[:, 0]
     inner = np.exp(0.4 / (1 + 0.4 / np.log(1e3)))
@@ -316,7 +316,7 @@ def test_sylvester_of_rank_one_is_planar(backend, rng):
 
 
 def test_sylvester_is_the_formula(rng):
-    v = variables(Flow(Sylvester(5, 3)), noise=0.7)
+    v = own_variables(Sylvester(5, 3), noise=0.7)
     flow, (parts, x) = Sylvester(5, 3), (Sylvester(5, 3)._unpack(v["params"], None), rng.standard_normal((4, 5)))
     assert_close(parts.basis.T @ parts.basis, np.eye(3), 1e-13)
     for triangle in (parts.outer, parts.inner):
@@ -330,14 +330,14 @@ def test_sylvester_is_the_formula(rng):
 def test_sylvester_stays_invertible(backend, dtype, rng):
     """Slopes at their least, strong couplings between the coordinates of the subspace, and points far out."""
     flow = Flow(Sylvester(4, 3))
-    v = variables(Flow(flow.bijection))
+    v = own_variables(flow.bijection)
     v["params"]["factors"] = np.float64([[0.5, -20, 3, -3], [2, 0.5, -20, 3], [-2, 2, 0.5, -20]])
     v["params"]["bias"] = np.zeros(3)
     x = np.concatenate([[[0.0] * 4, [1e3] * 4, [-1e6] * 4, [1e-3, 0, 0, 1e6]], rng.standard_normal((20, 4))])
     v, x_ = on(backend, (v, x), dtype)
 
     def loss(params, x):
-        full = {**v, "params": params}
+        full = of_flow({**v, "params": params})
         sample = flow.push(full, x, with_score=True)
         log_prob = flow.log_prob(full, x)
         return sample.x.sum() + log_prob.sum(), (sample.x, sample.log_prob, sample.score, log_prob)
@@ -362,7 +362,7 @@ def test_sylvester_trains_off_the_identity(backend, make_rng, rng):
         return (flow.push({**v, "params": params}, x).x * x).sum(), ()
 
     _, (g,) = compiled(backend, lambda p: gradient(backend, loss, p))(v["params"])
-    assert np.all(np.abs(backend.to_numpy(g["factors"])[np.triu_indices(2, 1, 3)]) > 1e-3)
+    assert np.all(np.abs(backend.to_numpy(g["bijection"]["factors"])[np.triu_indices(2, 1, 3)]) > 1e-3)
 
 
 @pytest.mark.parametrize("flow", [QRLinear(2), TriangularLinear(2), Radial(2, 1), Sylvester(2, 2, 1)])
