@@ -19,11 +19,13 @@ Array = Any
 CHUNK = 20_000  # points that a flow draws or scores at a time
 
 
-def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
+def arguments(description: str | None, steps: int, draws: int = 0) -> argparse.ArgumentParser:
     """The options that all of the experiments have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=["jax", "torch"], default="jax")
     parser.add_argument("--steps", type=int, default=steps, help="of training, for each flow")
+    if draws:
+        parser.add_argument("--draws", type=int, default=draws, help="for the numbers")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the folder of the pictures")
     return parser
 

@@ -27,9 +27,9 @@ BRIDGE = 5.0  # a point so many standard deviations from every mode is on a brid
 
 def main() -> None:
     """Trains, compares with the truth, prints and draws."""
-    options = arguments(__doc__, steps=3000).parse_args()
+    options = arguments(__doc__, steps=3000, draws=50_000).parse_args()
     backend, rng = start(options.framework)
-    data, test = draw_truth(50_000, 0), draw_truth(50_000, 1)
+    data, test = draw_truth(50_000, 0), draw_truth(options.draws, 1)
     side = np.linspace(-3.6, 3.6, 240)
     grid = np.stack(np.meshgrid(side, side), axis=-1)
     pictures = {"the density": log_truth(grid.reshape(-1, 2))}
@@ -39,7 +39,7 @@ def main() -> None:
         fitted = Fitted(backend, key, flow).maximise_likelihood(data, options.steps)
         ratio = log_truth(test) - fitted.log_prob(test)
         kl, error = ratio.mean(), ratio.std() / math.sqrt(len(ratio))
-        far = distance(fitted.draws(20_000)[0]) > BRIDGE * WIDTH
+        far = distance(fitted.draws(options.draws)[0]) > BRIDGE * WIDTH
         seconds = f"{fitted.seconds:.0f}"
         print(f"{name:28}{kl:9.4f}{error:8.4f}{far.mean():12.2%}{fitted.num_params:12d}{seconds:>9}", flush=True)
         pictures[name] = fitted.log_prob(grid.reshape(-1, 2))

@@ -2,8 +2,8 @@
 
 The density is a ridge that winds once around the torus and two spots, one of them on the seam. On the line the angle is
 2 pi sigmoid(u) - pi, and the seam is at infinity: what lies across it is in two pieces. Both flows have about as many
-parameters, and the same training, by path gradients of the ELBO. The picture is torus.png: docs/images/torus.png when run from the root with
-`--output docs/images`.
+parameters, and the same training, by path gradients of the ELBO. The picture is torus.png: docs/images/torus.png when run
+from the root with `--output docs/images`.
 
     python examples/torus.py --framework jax
 """
@@ -49,7 +49,7 @@ def log_density_on_the_line(u: Any) -> Any:
 
 def main() -> None:
     """Trains, compares with quadrature, prints and draws."""
-    options = arguments(__doc__, steps=2000).parse_args()
+    options = arguments(__doc__, steps=2000, draws=100_000).parse_args()
     backend, rng = start(options.framework)
     grid, log_z = quadrature()
     targets = {"circle": log_density, "line": log_density_on_the_line}
@@ -64,7 +64,7 @@ def main() -> None:
     for name, target in targets.items():
         key, rng = backend.split(rng, 2)
         fitted = Fitted(backend, key, recipes[name](2)).maximise_elbo(target, options.steps)
-        x, log_q = fitted.draws(100_000)
+        x, log_q = fitted.draws(options.draws)
         log_w = target(x) - log_q
         w = np.exp(log_w - log_w.max())
         elbo, ess = log_w.mean() - log_z, w.sum() ** 2 / (w**2).sum() / len(w)
