@@ -1,8 +1,8 @@
 """Flows fitted to draws from eight separate normals: how much of each lies on bridges between the modes.
 
-A continuous map of one normal density joins what is separate; couplings do so along the coordinates' directions, residual maps
-have no such directions but a bounded slope, and a mixture as the base needs no bridges at all. The picture is modes.png:
-docs/images/modes.png when run from the root with `--output docs/images`.
+A continuous map of one normal density joins what is separate, by bridges that are the fainter the steeper the map. Residual maps
+have no preferred coordinates but a bounded slope, splines are steep where they need to be, and a mixture as the base could do
+without bridges. The picture is modes.png: docs/images/modes.png when run from the root with `--output docs/images`.
 
     python examples/modes.py --framework jax
 """
@@ -22,7 +22,7 @@ from flowppl.flows import Flow, Mixture
 
 MODES = 2.5 * np.stack([np.cos(np.arange(8) * math.pi / 4), np.sin(np.arange(8) * math.pi / 4)], axis=1)
 WIDTH = 0.2  # neighbouring modes are ten standard deviations apart
-BRIDGE = 5.0  # a point so many standard deviations from every mode is on a bridge: of the truth, four in a million
+BRIDGE = 4.0  # a point so many standard deviations from every mode is on a bridge: of the truth, 0.03 %
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def picture(log_densities: dict[str, np.ndarray], side: np.ndarray, folder: Path
     for axes, (name, values) in zip(panels, log_densities.items(), strict=True):
         extent = (side[0], side[-1]) * 2
         image = axes.imshow(values - top, origin="lower", extent=extent, cmap="magma", vmin=-8, vmax=0)
-        axes.set(title=name)
+        axes.set_title(name, fontsize=10)
     figure.colorbar(image, ax=panels, label="log density, from the top", shrink=0.85)
     save(figure, folder / "modes.png")
 
