@@ -40,3 +40,26 @@ def test_path_gradients(framework: str, tmp_path: Path) -> None:
         pytest.importorskip(package)
     _run(tmp_path, EXAMPLES / "path_gradients.py", "--framework", framework, "--steps", 2, "--output", tmp_path)
     assert (tmp_path / "path_gradients.png").stat().st_size > 10_000
+
+
+FRAMEWORKS = [pytest.param("jax", marks=pytest.mark.slow), "torch"]  # jax compiles for longer than it runs
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("name", ["heavy_tails", "modes", "torus"])
+def test_experiments(name: str, framework: str, tmp_path: Path) -> None:
+    for package in (framework, "matplotlib"):
+        pytest.importorskip(package)
+    options = "--framework", framework, "--steps", 2, "--draws", 2000, "--output", tmp_path
+    _run(tmp_path, EXAMPLES / f"{name}.py", *options)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_gallery(framework: str, tmp_path: Path) -> None:
+    for package in (framework, "matplotlib"):
+        pytest.importorskip(package)
+    names = ("affine", "planar", "nsf-circular")
+    options = "--framework", framework, "--steps", 2, "--output", tmp_path
+    _run(tmp_path, EXAMPLES / "gallery.py", *options, "--only", *names)
+    assert all(2_000 < (tmp_path / f"{name}.png").stat().st_size < 40_000 for name in names)
