@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from benchmarks import density, eight_schools, speed
-
-BENCHMARKS = {"speed": speed.main, "density": density.main, "eight_schools": eight_schools.main}
+BENCHMARKS = ("speed", "family", "autoregressive", "inverses", "density", "eight_schools")
 
 if __name__ == "__main__":
-    name, arguments = (
-        (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in BENCHMARKS else (None, sys.argv[1:])
-    )
-    for main in BENCHMARKS.values() if name is None else [BENCHMARKS[name]]:
-        main(arguments)
+    known = sys.argv[1:2] and sys.argv[1] in BENCHMARKS
+    for name in sys.argv[1:2] if known else BENCHMARKS:
+        importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:] if known else sys.argv[1:])
