@@ -104,7 +104,8 @@ def _programs(framework: str, case: Case) -> list[Callable[[], Any]]:
         import jax
 
         params, y = jax.tree.map(jax.numpy.asarray, (case.params, case.y))
-        return [lambda f=jax.jit(f): jax.block_until_ready(f(params, y)) for f in maps]
+        compiled = [jax.jit(f) for f in maps]
+        return [lambda f=f: jax.block_until_ready(f(params, y)) for f in compiled]
     import torch
 
     params, y = tree.map(torch.as_tensor, case.params), torch.as_tensor(case.y)
@@ -145,8 +146,8 @@ def main(arguments: Sequence[str]) -> None:
         worker(options.worker, options.rounds, options.seconds, options.steps)
         return
     print(
-        f"Dimension {DIM}, batch {POINTS}, hidden {MaskedAutoregressive.hidden}, float32, tol {TOL:g}, one thread. Sweeps: mean over "
-        "blocks of coordinates, of as many as a block has.\n"
+        f"Dimension {DIM}, batch {POINTS}, hidden {MaskedAutoregressive.hidden}, float32, tol {TOL:g}, one thread. Sweeps: "
+        "mean over blocks of coordinates, of as many as a block has.\n"
     )
     columns = ["framework", "map", "parameters", "sweeps", "blockwise", "sequential", "ratio", "spread", "residual"]
     print(f"| {' | '.join([*columns, 'of sequential', f'at least {TARGET:g}'])} |")

@@ -76,7 +76,9 @@ _MAF, _IAF = _density(Affine()), _flow(MaskedAutoregressive(DIM, Affine(), hidde
 _COUPLING = _flow(Coupling(DIM, RQSpline(BINS, BOUND), hidden=HIDDEN))
 _PLANAR, _RADIAL = Flow(Stack(Planar(DIM), SIMPLE_LAYERS)), Flow(Stack(Radial(DIM), SIMPLE_LAYERS))
 _BNAF = _flow(BlockAutoregressive(DIM), 2)
-_TORUS = flows.nsf(layers=LAYERS // 2, hidden=HIDDEN, bins=BINS, linear=False).with_circular(tuple(range(DIM)), False)(DIM)
+_TORUS = flows.nsf(layers=LAYERS // 2, hidden=HIDDEN, bins=BINS, linear=False).with_circular(tuple(range(DIM)), False)(
+    DIM
+)
 ROWS = [
     Row("torch", "spline autoregressive", "zuko", _density(RQSpline(BINS, BOUND))),
     Row("torch", "spline coupling", "zuko", _COUPLING),
@@ -184,12 +186,24 @@ def main(arguments: Sequence[str]) -> None:
         f"{SIMPLE_LAYERS}), hidden {HIDDEN}, {BINS} bins, float32, one thread, {options.rounds} turns; "
         f"{', '.join(f'{p} {version(p)}' for p in PACKAGES)}.\n"
     )
-    print("| framework | flow | task | flowppl | beside | ratio | spread |\n|---|---|---|---:|---|---:|---|", flush=True)
+    print(
+        "| framework | flow | task | flowppl | beside | ratio | spread |\n|---|---|---|---:|---|---:|---|", flush=True
+    )
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for framework in [options.only] if options.only else ["torch", "jax"]:
-        command = [sys.executable, "-m", "benchmarks", "family", "--worker", "--only", framework, "--flow", options.flow]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "family",
+            "--worker",
+            "--only",
+            framework,
+            "--flow",
+            options.flow,
+        ]
         command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
         subprocess.run(command, check=True, env=environment)
 

@@ -37,9 +37,7 @@ def _steps(
 def flowppl(row: Row) -> Steps:
     flow = row.ours
     variables = flow.init(torch.Generator().manual_seed(0))
-    params = tree.map(
-        lambda a: torch.as_tensor(a).clone().requires_grad_(), drawn(flow.bijection, 0, row.scale)
-    )
+    params = tree.map(lambda a: torch.as_tensor(a).clone().requires_grad_(), drawn(flow.bijection, 0, row.scale))
     variables = {**variables, "params": {**variables["params"], "bijection": params}}
 
     def sample() -> tuple[Tensor, Tensor]:
@@ -167,7 +165,9 @@ PEERS: dict[tuple[str, str], Callable[[], Steps]] = {
     ("normflows", "radial"): _normflows(lambda nf: [nf.flows.Radial((DIM,)) for _ in range(SIMPLE_LAYERS)]),
     ("nflows", "spline coupling"): _nflows(_nflows_coupling),
     ("nflows", "affine autoregressive (MAF)"): _nflows(_nflows_maf),
-    ("nflows", "LU-factorised linear"): _nflows(lambda t: [t.LULinear(DIM, identity_init=False) for _ in range(LAYERS)]),
+    ("nflows", "LU-factorised linear"): _nflows(
+        lambda t: [t.LULinear(DIM, identity_init=False) for _ in range(LAYERS)]
+    ),
     ("pyro", "affine autoregressive (IAF)"): _pyro("affine_autoregressive", LAYERS, hidden_dims=list(HIDDEN)),
     ("pyro", "block autoregressive (BNAF)"): _pyro("block_autoregressive", 2, hidden_factors=[8, 8]),
     ("pyro", "planar"): _pyro("planar", SIMPLE_LAYERS),

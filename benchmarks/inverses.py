@@ -129,7 +129,9 @@ def main(arguments: Sequence[str]) -> None:
         f"{POINTS} points, float32; fitted: {LAYERS} layers with LU-factorised linear maps, {options.steps} steps of Adam by "
         "maximum likelihood on scikit-learn's diabetes (8 columns) and digits (64 pixels).\n"
     )
-    print("| flow | dim | parameters | steps | unsolved | error to x | error to float64 | residual | of rounded float64 |")
+    print(
+        "| flow | dim | parameters | steps | unsolved | error to x | error to float64 | residual | of rounded float64 |"
+    )
     print("|---|---:|---|---|---:|---:|---:|---:|---:|", flush=True)
     for flow, parameters, found in cases(options.dims, options.steps, options.only):
         unsolved = sum(solve.unsolved for solve in found.solves)
