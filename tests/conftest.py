@@ -25,6 +25,14 @@ if "torch" in FRAMEWORKS:
         torch.distributions.Distribution.set_default_validate_args(True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_was_compiled():
+    """Compiled functions are kept for good: gigabytes over all modules."""
+    yield
+    if "jax" in FRAMEWORKS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session", params=FRAMEWORKS)
 def backend(request):
     """Each installed framework's backend in turn; a test that parametrises it indirectly can have numpy's too."""
