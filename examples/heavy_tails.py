@@ -18,7 +18,6 @@ import numpy as np
 from fitting import Fitted, arguments, pyplot, save, start
 
 from flowppl import flows
-from flowppl.bijections import Chain, LULinear
 from flowppl.flows import Flow, Normal, Product, StudentT
 
 SIZE = dict(layers=4, hidden=(32, 32))
@@ -55,12 +54,10 @@ def candidates(df: float) -> dict[str, Flow]:
     The start is what the data's largest values say, as Laszkiewicz et al. 2022 do it.
     """
     base = Product((Normal(), StudentT(df, trainable=True)), (1, 1))
-    splines = flows.nsf(affine=False, linear=False, **SIZE)(2).bijection
-    # The splines are the identity far out, and the last layer must not carry the heavy coordinate into the light one.
-    adaptive = Chain((*splines.bijections[:-1], LULinear(2, light=1)))
     return {
         "normal base": flows.nsf(**SIZE)(2),
-        "adaptive base": Flow(adaptive, base),
+        # Splines are the identity far out, and the last layer does not carry the heavy coordinate into the light one.
+        "adaptive base": flows.nsf(base=base, light=1, affine=False, linear=False, **SIZE)(2),
         "tail transform": flows.ttf(**SIZE)(2),
     }
 

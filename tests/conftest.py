@@ -41,21 +41,21 @@ def backend(request):
     return get_backend(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def f64(backend):
     """Numbers -> a float64 array of the framework."""
     like = backend.xp.zeros((), dtype=backend.xp.float64)
     return lambda a: backend.asarray(np.asarray(a, np.float64), like)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def f32(backend):
     """Numbers -> a float32 array of the framework."""
     like = backend.xp.zeros((), dtype=backend.xp.float32)
     return lambda a: backend.asarray(np.asarray(a, np.float32), like)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_rng(backend):
     """Seed -> a random number generator of the framework."""
     if backend.name == "torch":

@@ -87,9 +87,8 @@ class MaskedAutoregressive(Bijection):
         largest = float(xp.finfo(y.dtype).max) ** 0.4  # a mask's zero times infinity would spoil the exact coordinates
 
         def in_blocks(a: Array, axis: int) -> Array:  # the coordinates along an axis become (blocks, size); blocks lead
-            shape = list(a.shape)
-            shape[axis] = padding
-            a = xp.concat([a, xp.zeros(shape, dtype=a.dtype, device=a.device)], axis=axis) if padding else a
+            shape, first = a.shape, (slice(None),) * axis + (slice(padding),)
+            a = xp.concat([a, xp.zeros_like(a[first])], axis=axis) if padding else a
             a = xp.reshape(a, (*shape[:axis], blocks, size, *shape[axis + 1 :]))
             return xp.permute_dims(a, (axis, *(i for i in range(a.ndim) if i != axis)))
 

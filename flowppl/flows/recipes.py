@@ -215,6 +215,7 @@ def nsf(
     activation: str = "silu",
     linear: bool = True,
     affine: bool = True,
+    light: int = 0,
     embedding: int = 0,
     circular: tuple[int, ...] = (),
     boxed: bool = False,
@@ -234,6 +235,8 @@ def nsf(
         activation: The conditioners' activation.
         linear: Whether an LU-factorised linear map precedes each coupling.
         affine: Whether an affine map with a bounded scale follows each spline.
+        light: How many coordinates, the first ones, the map at the end computes from themselves alone. With `linear=False` and
+            `affine=False` heavy tails of the others do not reach them. Laszkiewicz et al. 2022.
         embedding: Given a length, the couplings share one network, and each has a learned vector of this length. Lee et al. 2020,
             "NanoFlow".
         circular: Which coordinates are angles in [-pi, pi): circular splines move them, and networks see their sines and cosines.
@@ -247,7 +250,7 @@ def nsf(
         transformers: dict[bool, Transformer] = {True: CircularSpline(bins), False: transformer}
         block = _mixed_couplings(groups, transformers, context_dim + embedding, tuple(hidden), activation, linear)
         return Chain((Stack(block, layers, embedding), TorusEnd(dim, tuple(circular), boxed)))
-    return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear, embedding)
+    return _couplings(dim, transformer, context_dim, layers, hidden, activation, linear, embedding, light)
 
 
 @register("realnvp")
@@ -441,6 +444,7 @@ def _couplings(
     activation: str,
     linear: bool,
     embedding: int = 0,
+    light: int = 0,
 ) -> Bijection:
     """Couplings whose roles change by a rotation of the coordinates, rotated back and mapped affinely at the end."""
     coupling = Coupling(dim, transformer, context_dim + embedding, tuple(hidden), activation)
@@ -452,7 +456,7 @@ def _couplings(
     mixing = (LULinear(dim),) if linear else ()
     block = (*mixing, coupling, *rotation(kept))
     body = Stack(Chain(block), layers, embedding)
-    return Chain((body, *rotation(-kept * layers), LULinear(dim)))
+    return Chain((body, *rotation(-kept * layers), LULinear(dim, light=light)))
 
 
 def _halves(n: int, angles: bool) -> list[tuple[int, bool]]:
