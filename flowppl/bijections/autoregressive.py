@@ -79,49 +79,52 @@ class MaskedAutoregressive(Bijection):
         return x, xp.sum(invert(masked, y, context, x)[1], axis=0)
 
     def _solve(self, masked: Params, y: Array, context: Array | None) -> Array:
-        """The inverse's values; coordinates lead and the batch is flat."""
+        """The inverse's values; coordinates lead and the batch is flat. A block's sweeps run that block's hidden units alone."""
         backend, net = backend_of(y), self._net
-        xp = backend.xp
-        blocks, size = self._blocks, -(-self.dim // self._blocks)
-        padding, rows = blocks * size - self.dim, self.transformer.num_params
+        xp, blocks, size = backend.xp, self._blocks, -(-self.dim // self._blocks)
         largest = float(xp.finfo(y.dtype).max) ** 0.4  # a mask's zero times infinity would spoil the exact coordinates
-
-        def in_blocks(a: Array, axis: int) -> Array:  # the coordinates along an axis become (blocks, size); blocks lead
-            shape, first = a.shape, (slice(None),) * axis + (slice(padding),)
-            a = xp.concat([a, xp.zeros_like(a[first])], axis=axis) if padding else a
-            a = xp.reshape(a, (*shape[:axis], blocks, size, *shape[axis + 1 :]))
-            return xp.permute_dims(a, (axis, *(i for i in range(a.ndim) if i != axis)))
+        tol = max(self.tol, 4 * float(xp.finfo(y.dtype).eps))
+        activation = getattr(backend, self.activation)
 
         def flat(a: Array) -> Array:
             return event_first(xp.reshape(a, (-1, a.shape[-1])))
 
-        last = {k: in_blocks(xp.reshape(a, (rows, self.dim, *a.shape[1:])), 1) for k, a in masked["layers"][-1].items()}
-        target = in_blocks(flat(y), 0)
+        target = flat(y)
+        n = target.shape[-1]
+        zero = xp.zeros_like(target[:1])
+        target = xp.reshape(xp.concat([target] + [zero] * (blocks * size - self.dim), axis=0), (blocks, size, n))
+        layers = net.by_blocks(masked, None if context is None else flat(context), blocks)
         which = backend.asarray(list(range(blocks)), y)
 
-        def block(x: Array, row: tuple[Array, Params, Array]) -> tuple[Array, None]:
-            index, last, target = row
+        def block(state: tuple[Array, ...], row: tuple[Array, Any, Array]) -> tuple[tuple[Array, ...], None]:
+            index, layers, target = (
+                row  # the state: coordinates, then units of each hidden layer, zeros from this block on
+            )
             here = (which == index)[:, None, None]
-            last = {k: xp.reshape(a, (rows * size, *a.shape[2:])) for k, a in last.items()}
+            fixed = [layer.all @ xp.reshape(a, (-1, n)) + layer.bias for layer, a in zip(layers, state, strict=True)]
+
+            def units(own: Array) -> list[Array]:
+                found = [own]
+                for layer, offset in zip(layers[:-1], fixed, strict=False):
+                    found.append(activation(layer.own @ found[-1] + offset))
+                return found
 
             def sweep(own: Array) -> Array:
-                inputs = own if blocks == 1 else xp.reshape(xp.where(here, own, x), (blocks * size, -1))[: self.dim]
-                inputs = inputs if context is None else xp.concat([inputs, flat(context)], axis=0)
-                theta = xp.reshape(net.last_layer(last, net.hidden_units(masked, inputs)), (rows, size, -1))
+                theta = xp.reshape(layers[-1].own @ units(own)[-1] + fixed[-1], (-1, size, n))
                 return xp.clip(self.transformer.inverse(theta, target)[0], -largest, largest)
 
-            tol = max(self.tol, 4 * float(xp.finfo(y.dtype).eps))
             own = iterate(sweep, xp.clip(target, -largest, largest), max_steps=size, tol=tol, method="jacobi")
-            return xp.where(here, own, x), None
+            return tuple(xp.where(here, new, old) for new, old in zip(units(own), state, strict=True)), None
 
-        x = backend.scan(block, xp.clip(target, -largest, largest), (which, last, target))[0]
-        return xp.reshape(event_last(xp.reshape(x, (blocks * size, -1))[: self.dim]), tuple(y.shape))
+        widths = [layer.own.shape[-1] for layer in layers]
+        start = tuple(xp.broadcast_to(zero, (blocks, width, n)) for width in widths)
+        (x, *_), _ = backend.scan(block, start, (which, layers, target))
+        return xp.reshape(event_last(xp.reshape(x, (blocks * size, n))[: self.dim]), tuple(y.shape))
 
     @property
     def _blocks(self) -> int:
-        """A sweep of one block runs all hidden units and its share of the rest: many blocks where the rest is what costs."""
-        outputs = self.transformer.num_params * self.dim
-        return max(1, min(self.dim // 16, outputs // (sum(self.hidden) or 1)))
+        """Small blocks take few sweeps, large ones make full use of a call: where the maps are cheap, those of the network."""
+        return max(1, min(self.dim // (32 if self.transformer.num_params <= 4 else 16), 16))
 
     def forward_with_score(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.config import Configured
@@ -66,9 +67,7 @@ class MLP(Configured):
     @staticmethod
     def last_layer(layer: dict[str, Any], h: Array) -> Array:
         """Maps hidden units `(width, n)` to as many outputs as the layer has rows."""
-        # Adam moves every weight alike, so without this a step would move the outputs in proportion to the width.
-        weight = layer["weight"] * (1 / math.sqrt(layer["weight"].shape[1] or 1))
-        return weight @ h + layer["bias"][:, None]
+        return _spread(layer["weight"]) @ h + layer["bias"][:, None]
 
 
 @dataclass(frozen=True)
@@ -106,3 +105,67 @@ class MaskedMLP(MLP):
             mask = backend.xp.astype(after[:, None] >= before[None], like.dtype)
             layers.append({"weight": layer["weight"] * mask, "bias": layer["bias"]})
         return {"layers": tuple(layers)}
+
+    def by_blocks(self, masked: dict[str, Any], context: Array | None, blocks: int) -> tuple[BlockLayer, ...]:
+        """The layers by blocks of coordinates, to which the units belong that see some of them and no later ones.
+
+        Args:
+            masked: What `mask` returns.
+            context: `(context_dim, n)` or None; it enters the first bias.
+            blocks: How many; coordinates stay in order, and rows and columns of zeros fill up the blocks.
+        """
+        like, dim = masked["layers"][0]["weight"], self.outputs[-1]
+        backend = backend_of(like)
+        xp, size = backend.xp, -(-dim // blocks)
+        groups = [backend.asarray(list(indices), like) for indices in _grouped(self, size)]
+
+        def take(a: Array, indices: Array, axis: int) -> Array:
+            zeros = xp.zeros_like(a[:1] if axis == 0 else a[:, :1])
+            return xp.take(xp.concat([a, zeros], axis=axis), indices, axis=axis)
+
+        # not xp.eye with a device, which jax's tracers do not have
+        eye = backend.asarray([[float(i == j) for j in range(blocks)] for i in range(blocks)], like)[:, None, :, None]
+        layers = []
+        for layer, before, after in zip(masked["layers"], groups, groups[1:], strict=False):
+            weight, bias = layer["weight"], layer["bias"][:, None]
+            if layer is masked["layers"][-1]:
+                weight = _spread(weight)
+            if layer is masked["layers"][0] and context is not None:
+                weight, bias = weight[:, :dim], bias + weight[:, dim:] @ context
+            weight = take(take(weight, after, 0), before, 1)
+            own = xp.sum(xp.reshape(weight, (blocks, -1, blocks, weight.shape[1] // blocks)) * eye, axis=2)
+            bias = xp.reshape(take(bias, after, 0), (blocks, -1, bias.shape[1]))
+            layers.append(BlockLayer(own, xp.reshape(weight, (blocks, -1, weight.shape[1])), bias))
+        return tuple(layers)
+
+
+class BlockLayer(NamedTuple):
+    """One layer of a masked network by blocks, which lead."""
+
+    own: Array  # (blocks, u, v): from a block's units to its own
+    all: Array  # (blocks, u, blocks v): from the units of all blocks
+    bias: Array  # (blocks, u, 1 or n)
+
+
+@functools.cache
+def _grouped(net: MaskedMLP, size: int) -> list[tuple[int, ...]]:
+    """For the coordinates and each layer's units: their indices, block by block, and one past the last where a block has fewer.
+
+    A unit belongs to the block of the last coordinate that it sees, an output to that of the coordinate that it is for.
+    """
+    inputs, *hidden, last = net._degrees()
+    dim = net.outputs[-1]
+    owners = [[d - 1 for d in inputs[:dim]], *([max(d - 1, 0) for d in degrees] for degrees in hidden), last]
+    grouped = []
+    for owner in owners:
+        blocks: list[list[int]] = [[] for _ in range(-(-dim // size))]
+        for i, coordinate in enumerate(owner):
+            blocks[coordinate // size].append(i)
+        width = max(map(len, blocks))
+        grouped.append(tuple(i for block in blocks for i in (*block, *[len(owner)] * (width - len(block)))))
+    return grouped
+
+
+def _spread(weight: Array) -> Array:
+    """The last layer's weights: Adam moves each alike, and so, without this, the outputs in proportion to the width."""
+    return weight * (1 / math.sqrt(weight.shape[1] or 1))
