@@ -17,6 +17,7 @@ from numpyro.infer.util import log_density
 
 from flowppl.errors import DimensionError, FlowFileError, MissingExtraError, UnsupportedFlowError
 from flowppl.flows import files
+from flowppl.flows.flow import part_of
 from flowppl.numpyro import AutoFlow, FlowDistribution, FlowTransform, flow_module, from_flowjax, save_flow
 
 pytest.importorskip("flowjax")
@@ -118,16 +119,16 @@ def test_init_has_the_arrays_as_they_are():
     assert flow != from_flowjax(coupling())
     variables = flow.init(jax.random.key(0))
     leaves = jax.tree.leaves(equinox.filter(distribution, equinox.is_inexact_array))
-    assert {id(a) for a in variables["params"].values()} == {id(a) for a in leaves}
-    assert all("." not in name for kind in variables.values() for name in kind)
-    assert {a.dtype.kind for a in variables["const"].values()} == {"i"}  # permutations
+    assert {id(a) for a in variables["params"]["bijection"].values()} == {id(a) for a in leaves}
+    assert all("." not in name for kind in variables.values() for name in kind["bijection"])
+    assert {a.dtype.kind for a in variables["const"]["bijection"].values()} == {"i"}  # permutations
 
 
 def test_what_does_not_train_is_constant():
     base = paramax.non_trainable(Normal(jnp.ones(2)))
     flow = from_flowjax(Transformed(base, Affine(jnp.ones(2), 2 * jnp.ones(2))))
     variables = flow.init(jax.random.key(0))
-    assert {k: len(v) for k, v in variables.items()} == {"params": 2, "const": 2}
+    assert {k: len(v["bijection"]) for k, v in variables.items()} == {"params": 2, "const": 2}
     # x = 1 + 2 (1 + z)
     np.testing.assert_allclose(flow.log_prob(variables, jnp.full(2, 3.0)), -np.log(2 * np.pi) - 2 * np.log(2))
 
@@ -228,7 +229,7 @@ def test_transform_crosses_jit():
         return transform(x)
 
     for _ in range(2):
-        call(FlowTransform(from_flowjax(distribution).bijection, variables), jnp.zeros((5, 3)))
+        call(FlowTransform(from_flowjax(distribution).bijection, part_of(variables, "bijection")), jnp.zeros((5, 3)))
     assert len(count) == 1
 
 

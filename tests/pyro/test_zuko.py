@@ -18,6 +18,7 @@ from flowppl import tree
 from flowppl.bijections import bind
 from flowppl.errors import DimensionError, FlowFileError, MissingExtraError, UnsupportedFlowError
 from flowppl.flows import files
+from flowppl.flows.flow import part_of
 from flowppl.pyro import AutoFlow, FlowDistribution, FlowTransform, LogDensity, flow_module, from_zuko, save_flow
 
 zuko = pytest.importorskip("zuko")
@@ -47,7 +48,7 @@ def make(name, context=2, dim=3):
 def filled(module, variables):
     """A copy of zuko's module that holds our arrays, as parameters of its own."""
     module = copy.deepcopy(module)
-    state = {n.replace("/", "."): t for kind in variables.values() for n, t in kind.items()}
+    state = {n.replace("/", "."): t for kind in variables.values() for n, t in kind["bijection"].items()}
     module.transform.load_state_dict(state)
     return module
 
@@ -80,7 +81,7 @@ def test_values_and_gradients_are_those_of_zuko(name, context, scramble):
         grads = torch.autograd.grad((value * weights).sum(), inputs, materialize_grads=True)
         return [value, *grads]
 
-    own = {n.replace("/", "."): p for n, p in variables["params"].items()}
+    own = {n.replace("/", "."): p for n, p in variables["params"]["bijection"].items()}
     of_zuko = dict(theirs.transform.named_parameters())
     for mine, reference in [
         (flow.log_prob(variables, x, c), theirs(c).log_prob(x)),
@@ -96,7 +97,9 @@ def test_scores_are_gradients_of_the_log_density(name, context, scramble):
     flow = from_zuko(make(name, context))
     variables = variables_of(flow, scramble)
     c = numbers(3, 5, context).requires_grad_() if context else None
-    z = flow.bijection.inverse(bind(variables), numbers(1, 5, 3), c)[0].detach()  # of points that zuko's searches find
+    z = flow.bijection.inverse(bind(variables)["bijection"], numbers(1, 5, 3), c)[
+        0
+    ].detach()  # of points that zuko's searches find
     draw = flow.push(variables, z, c, with_score=True)
     x = draw.x.detach().requires_grad_()
     log_prob = flow.log_prob(variables, x, c)
@@ -142,13 +145,15 @@ def test_init_copies_the_module():
         t.add_(1.0)
     for name, t in module.state_dict().items():
         torch.testing.assert_close(t, before[name])
-    assert all("." not in name for name in variables["params"]) and len(variables["const"]) == 6
+    assert (
+        all("." not in name for name in variables["params"]["bijection"]) and len(variables["const"]["bijection"]) == 6
+    )
 
 
 def test_what_requires_no_gradient_is_constant():
     module = make("MAF")
     next(module.parameters()).requires_grad_(False)
-    variables = from_zuko(module).init(None)
+    variables = part_of(from_zuko(module).init(None), "bijection")
     assert len(variables["params"]) == 7 and len(variables["const"]) == 7
 
 
@@ -162,7 +167,7 @@ def test_dropout_is_off():
             return zuko.transforms.AdditiveTransform(self.drop(self.shift))
 
     flow = from_zuko(zuko.lazy.Flow([Noisy()], make("MAF").base).train())
-    z, log_det = flow.bijection.inverse(bind(flow.init(None)), torch.zeros(5, 3))
+    z, log_det = flow.bijection.inverse(bind(flow.init(None))["bijection"], torch.zeros(5, 3))
     assert (z == 1.0).all() and (log_det == torch.zeros(5)).all()
 
 
@@ -273,10 +278,11 @@ def test_learnable_prior():
 
 def test_transform():
     flow = from_zuko(make("RealNVP", 0))
-    transform = FlowTransform(flow.bijection, flow.init(None))
+    variables = flow.init(None)
+    transform = FlowTransform(flow.bijection, part_of(variables, "bijection"))
     q = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [transform])
     x = numbers(0, 5, 3)
-    torch.testing.assert_close(q.log_prob(x), FlowDistribution(flow, transform.variables).log_prob(x))
+    torch.testing.assert_close(q.log_prob(x), FlowDistribution(flow, variables).log_prob(x))
 
 
 # What cannot be
