@@ -73,6 +73,11 @@ class Recipe:
             return self.base
         return CircularUniform() if angles == dim else Product((CircularUniform(), self.base), (angles, dim - angles))
 
+    @property
+    def knows_angles(self) -> bool:
+        """Whether this kind of flow has circular coordinates."""
+        return "circular" in inspect.signature(_RECIPES[self.name]).parameters
+
     def with_circular(self, circular: tuple[int, ...], boxed: bool) -> Recipe:
         """The recipe of the same flow in which some coordinates are angles.
 
@@ -83,7 +88,7 @@ class Recipe:
         Raises:
             UnsupportedModelError: this kind of flow knows no angles.
         """
-        if "circular" not in inspect.signature(_RECIPES[self.name]).parameters:
+        if not self.knows_angles:
             raise UnsupportedModelError(f"flow {self.name!r} has no circular coordinates, which angles need: use 'nsf'")
         options = {**dict(self.options), "circular": circular, "boxed": boxed}
         return Recipe(self.name, tuple(sorted(options.items())), self.base)
@@ -176,16 +181,18 @@ def over_latents(flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequen
         flow: A name or a recipe, which learns of the angles, or a ready flow, which knows about them itself.
         sizes: How many coordinates of the flat vector each site has.
         angles: Whether they are angles.
-        boxed: Whether they are u, the angle being 2 pi sigmoid(u) - pi.
+        boxed: Whether they are u, the angle being 2 pi sigmoid(u) - pi. A flow that knows no angles can have those, with an edge
+            at the seam; on a line of whole turns its density would have no end.
 
     Raises:
-        UnsupportedModelError: there are angles and the flow knows none.
+        UnsupportedModelError: there are angles that are not boxed and the flow knows none.
     """
     kinds = [angle for size, angle in zip(sizes, angles, strict=True) for _ in range(size)]
     circular, dim = tuple(i for i, angle in enumerate(kinds) if angle), len(kinds)
     if circular and not isinstance(flow, Flow):
         recipe = flow if isinstance(flow, Recipe) else Recipe(flow)
-        return recipe.with_circular(circular, boxed)(dim)
+        if recipe.knows_angles or not boxed:
+            return recipe.with_circular(circular, boxed)(dim)
     return get(flow)(dim)
 
 

@@ -109,7 +109,8 @@ class AutoFlow(FlatGuide):
 
     def get_base_dist(self) -> FlowBase:
         """The flow's base density over the flat latents."""
-        return FlowBase(self._flow, self._variables())
+        variables = self._variables()
+        return FlowBase(self._flow, variables)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
         """The flow's bijection with its present parameters, for `NeuTraReparam`.
