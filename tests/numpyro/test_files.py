@@ -57,10 +57,10 @@ def test_constants_come_back(scramble, tmp_path):
 
     guide, params = ready(flows.Flow(Chain((LULinear(5), Permutation(5), LULinear(5)))), scramble)
     params["auto_flow$const"] = jax.tree.map(jnp.round, params["auto_flow$const"])
-    params["auto_flow$const"][1]["indices"] = jnp.array([4.0, 2.0, 0.0, 1.0, 3.0])
+    params["auto_flow$const"]["bijection"][1]["indices"] = jnp.array([4.0, 2.0, 0.0, 1.0, 3.0])
     guide.save(tmp_path / "q.flow", params)
     again, loaded = AutoFlow.load(tmp_path / "q.flow", model, X, prefix="other")
-    np.testing.assert_array_equal(loaded["other_flow$const"][1]["indices"], [4, 2, 0, 1, 3])
+    np.testing.assert_array_equal(loaded["other_flow$const"]["bijection"][1]["indices"], [4, 2, 0, 1, 3])
     draws = guide.sample_posterior(jax.random.key(0), params, sample_shape=(3,))
     np.testing.assert_allclose(guide.log_prob(params, draws), again.log_prob(loaded, draws))
 

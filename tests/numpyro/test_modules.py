@@ -76,7 +76,7 @@ def test_constants_do_not_move(optimizer):
     after = svi.get_params(jax.lax.fori_loop(0, 20, lambda _, s: svi.update(s)[0], state))
     assert set(before) == {"q$params", "q$const"}
     jax.tree.map(np.testing.assert_array_equal, before["q$const"], after["q$const"])
-    indices = before["q$const"][0][1]["indices"]  # (layers, dim)
+    indices = before["q$const"]["bijection"][0][1]["indices"]  # (layers, dim)
     np.testing.assert_array_equal(np.sort(indices, axis=-1), [[0, 1, 2]] * 2)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before["q$params"], after["q$params"])
     assert max(jax.tree.leaves(moved)) > 1e-3
@@ -88,7 +88,7 @@ def test_seeds_give_different_constants_and_float32_survives():
 
     def constants(seed):
         trace = handlers.trace(handlers.seed(guide, seed)).get_trace()
-        return trace["q$const"]["value"][0]["indices"]
+        return trace["q$const"]["value"]["bijection"][0]["indices"]
 
     one, two = constants(0), constants(1)
     assert one.dtype.kind == "f" and not np.array_equal(one, two)
