@@ -4,7 +4,7 @@
 
 "density" is the log density of given points with the gradient of its mean; "draw" is a draw with its log density and the gradient
 of their Monte Carlo ELBO. One process for each framework, one thread; flowppl and the peer take turns, and only times of the
-same turn are divided. "cannot": the peer's own refusal.
+same turn are divided. "cannot": the peer refuses; "fails": its numerical inverse does.
 """
 
 from __future__ import annotations
@@ -137,6 +137,9 @@ def _refusal(step: Callable[[], Any], who: str) -> str:
     except (NotImplementedError, KeyError) as error:  # Pyro misses the key of an inverse that it has not seen
         print(f"{who}: {str(error)[:200]}", file=sys.stderr, flush=True)
         return "cannot"
+    except RuntimeError as error:  # jax's solvers say so when they have not converged
+        print(f"{who}: {str(error)[-400:]}", file=sys.stderr, flush=True)
+        return "fails"
     finally:
         signal.alarm(0)
     return ""
