@@ -97,9 +97,8 @@ class MaskedAutoregressive(Bijection):
         which = backend.asarray(list(range(blocks)), y)
 
         def block(state: tuple[Array, ...], row: tuple[Array, Any, Array]) -> tuple[tuple[Array, ...], None]:
-            index, layers, target = (
-                row  # the state: coordinates, then units of each hidden layer, zeros from this block on
-            )
+            # the state: coordinates, then units of each hidden layer, zeros from this block on
+            index, layers, target = row
             here = (which == index)[:, None, None]
             fixed = [layer.all @ xp.reshape(a, (-1, n)) + layer.bias for layer, a in zip(layers, state, strict=True)]
 

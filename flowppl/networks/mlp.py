@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -147,7 +146,6 @@ class BlockLayer(NamedTuple):
     bias: Array  # (blocks, u, 1 or n)
 
 
-@functools.cache
 def _grouped(net: MaskedMLP, size: int) -> list[tuple[int, ...]]:
     """For the coordinates and each layer's units: their indices, block by block, and one past the last where a block has fewer.
 
