@@ -10,6 +10,8 @@ from flowppl.bijections.nilpotent import nilpotent_solve
 from flowppl.networks.block_autoregressive import BlockMLP
 from tests.registry import gradient, jacobian, on, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 
 def params_of(bijection, scale=1.0, noise=0.3):
     rng = np.random.default_rng(0)

@@ -9,6 +9,8 @@ from flowppl.bijections.wrap import wrap
 from flowppl.config import build, describe
 from tests.registry import HIDDEN, assert_close, compiled, gradient, on, own_variables, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 K = 5
 CIRCLE = CircularSpline(K)
 FREE = RQSpline(K, 3.0, "free")

@@ -15,6 +15,8 @@ from flowppl.errors import DimensionError
 from flowppl.flows import Flow
 from tests.registry import assert_close, compiled, gradient, of_flow, on, own_variables, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 
 @pytest.fixture
 def rng():

@@ -13,6 +13,8 @@ from flowppl.bijections.roulette import roulette_log_det
 from flowppl.networks.lipschitz import LipschitzMLP, spectral_bound
 from tests.registry import gradient, on, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 
 def bound_of(bijection, scale=1.0, noise=0.5):
     rng = np.random.default_rng(0)

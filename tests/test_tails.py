@@ -7,6 +7,8 @@ from scipy import special, stats
 from flowppl.bijections.tails import ExtremeTails
 from tests.registry import assert_close, compiled, gradient, on, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 TAILS = ExtremeTails()
 UNIT = np.sqrt(np.pi / 2)
 EVERYWHERE = pytest.mark.parametrize("backend", ["torch", "jax", "numpy"], indirect=True, scope="session")

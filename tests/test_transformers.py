@@ -9,6 +9,8 @@ from flowppl.bijections.deep_sigmoid import DeepSigmoid
 from flowppl.bijections.polynomial import SumOfSquares
 from tests.registry import assert_close, compiled, gradient, on, to_numpy
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for minutes
+
 SIGMOID, SQUARES = DeepSigmoid(4), SumOfSquares()
 ALL = {
     "sigmoid": SIGMOID,
