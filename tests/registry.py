@@ -38,7 +38,7 @@ from flowppl.bijections import (
     TriangularLinear,
     bind,
 )
-from flowppl.flows import CircularUniform, Flow, Mixture, Product, StudentT, recipes
+from flowppl.flows import CircularUniform, Flow, Mixture, Product, StudentT, registry
 from flowppl.flows.flow import part_of
 
 Array = Any
@@ -52,7 +52,7 @@ SPLINE = RQSpline(4, BOUND)
 
 def small(name: str, **options: Any) -> flows.Recipe:
     """The registered recipe in a small size."""
-    known = inspect.signature(recipes._RECIPES[name]).parameters
+    known = inspect.signature(registry._RECIPES[name]).parameters
     fitting = {k: v for k, v in SMALL.items() if k in known}
     if name in ("maf", "iaf"):
         fitting["layers"] = (

@@ -12,7 +12,7 @@ import pytest
 from flowppl import flows
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections import Bijection
-from flowppl.flows import recipes
+from flowppl.flows import registry
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Shear(Bijection):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """The registry line; taken back after each test, since others run over all that is registered."""
-    monkeypatch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
     flows.register("shear")(lambda dim, context_dim: Shear(dim))
 
 

@@ -12,7 +12,7 @@ import scipy.stats
 from flowppl import flows, tree
 from flowppl.bijections import Affine, Chain, Elementwise, LULinear, MaskedAutoregressive, RQSpline
 from flowppl.errors import DimensionError, UnknownFlowError
-from flowppl.flows import CircularUniform, Flow, Mixture, Normal, Product, StudentT, Uniform, recipes
+from flowppl.flows import CircularUniform, Flow, Mixture, Normal, Product, StudentT, Uniform, registry
 from flowppl.flows.affine_end import place
 from tests.registry import HIDDEN, compiled, gradient, on, registered, variables
 
@@ -369,7 +369,7 @@ def throw_away():
         return Elementwise(dim, RQSpline(4, bound), context_dim, HIDDEN)
 
     yield build
-    del recipes._RECIPES["throw-away"]
+    del registry._RECIPES["throw-away"]
 
 
 def test_a_new_flow_is_one_line_in_the_registry(throw_away, backend, make_rng):

@@ -10,7 +10,7 @@ from flowppl.bijections.base import Array, Bijection, Params, broadcast, join
 from flowppl.bijections.elementwise import Transformer, event_first, event_last
 from flowppl.bijections.nilpotent import nilpotent_solve
 from flowppl.bijections.solves import iterate
-from flowppl.networks import MLP, MaskedMLP
+from flowppl.networks import MaskedMLP
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class MaskedAutoregressive(Bijection):
         masked = self._net.mask(params["net"])
 
         def invert(masked: Params, y: Array, context: Array | None, x: Array) -> tuple[Array, Array]:
-            theta = MLP.__call__(self._net, masked, join(x, context))
+            theta = self._net.apply(masked, join(x, context))
             return self.transformer.inverse(theta, event_first(y))
 
         x = self._solve(*backend.stop((masked, y, context)))
@@ -100,7 +100,10 @@ class MaskedAutoregressive(Bijection):
             # the state: coordinates, then units of each hidden layer, zeros from this block on
             index, layers, target = row
             here = (which == index)[:, None, None]
-            fixed = [layer.all @ xp.reshape(a, (-1, n)) + layer.bias for layer, a in zip(layers, state, strict=True)]
+            fixed = [
+                layer.all @ xp.reshape(a, (layer.all.shape[-1], n)) + layer.bias
+                for layer, a in zip(layers, state, strict=True)
+            ]
 
             def units(own: Array) -> list[Array]:
                 found = [own]
@@ -109,10 +112,12 @@ class MaskedAutoregressive(Bijection):
                 return found
 
             def sweep(own: Array) -> Array:
-                theta = xp.reshape(layers[-1].own @ units(own)[-1] + fixed[-1], (-1, size, n))
+                theta = xp.reshape(layers[-1].own @ units(own)[-1] + fixed[-1], (self.transformer.num_params, size, n))
                 return xp.clip(self.transformer.inverse(theta, target)[0], -largest, largest)
 
-            own = iterate(sweep, xp.clip(target, -largest, largest), max_steps=size, tol=tol, method="jacobi")
+            own = iterate(
+                sweep, xp.clip(target, -largest, largest), max_steps=size, tol=tol, method="jacobi", exact=True
+            )
             return tuple(xp.where(here, new, old) for new, old in zip(units(own), state, strict=True)), None
 
         widths = [layer.own.shape[-1] for layer in layers]

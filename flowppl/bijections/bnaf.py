@@ -113,9 +113,8 @@ class BlockAutoregressive(Bijection):
             x = solve_increasing(lambda x: apply(blocks, x, offsets)[:2], y, x - reach, x + reach)
             return xp.clip(x, -largest, largest)
 
-        return iterate(
-            sweep, xp.clip(y, -largest, largest), max_steps=self.dim, tol=4 * eps / MIN_SLOPE, method="jacobi"
-        )
+        start, tol = xp.clip(y, -largest, largest), 4 * eps / MIN_SLOPE
+        return iterate(sweep, start, max_steps=self.dim, tol=tol, method="jacobi", exact=True)
 
     def forward_with_score(
         self,

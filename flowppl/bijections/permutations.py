@@ -9,8 +9,41 @@ from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections.base import Array, Bijection, Params
 
 
+class _Reordering(Bijection):
+    """A map that only moves coordinates: the volume stays, and the score moves like the point."""
+
+    def init(self, rng: Any) -> dict[str, Any]:
+        """Nothing to draw."""
+        return {"params": {}, "const": {}}
+
+    def _move(self, params: Params, x: Array) -> Array:
+        raise NotImplementedError
+
+    def _move_back(self, params: Params, y: Array) -> Array:
+        raise NotImplementedError
+
+    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.forward`."""
+        return self._move(params, x), backend_of(x).xp.zeros_like(x[..., 0])
+
+    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
+        """See `Bijection.inverse`."""
+        return self._move_back(params, y), backend_of(y).xp.zeros_like(y[..., 0])
+
+    def forward_with_score(
+        self,
+        params: Params,
+        x: Array,
+        score: Array,
+        context: Array | None = None,
+        score_context: Any = None,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """The score moves like the point."""
+        return *self.forward(params, x), self._move(params, score), score_context
+
+
 @dataclass(frozen=True)
-class Permutation(Bijection):
+class Permutation(_Reordering):
     """y_i = x_{indices[i]} with drawn indices; they are a constant array, so that stacked layers may differ.
 
     Attributes:
@@ -24,28 +57,16 @@ class Permutation(Bijection):
         """Draws the permutation."""
         return {"params": {}, "const": {"indices": backend_of_rng(rng).permutation(rng, self.dim)}}
 
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        return _take(x, params["indices"])
+    def _move(self, params: Params, x: Array) -> Array:
+        return backend_of(x).xp.take(x, params["indices"], axis=-1)
 
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`."""
-        return _take(y, backend_of(y).xp.argsort(params["indices"]))
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The score is permuted like the point."""
-        return *_take(x, params["indices"]), _take(score, params["indices"])[0], score_context
+    def _move_back(self, params: Params, y: Array) -> Array:
+        xp = backend_of(y).xp
+        return xp.take(y, xp.argsort(params["indices"]), axis=-1)
 
 
 @dataclass(frozen=True)
-class Rotation(Bijection):
+class Rotation(_Reordering):
     """y_i = x_{(i + shift) mod dim}: the permutation that hands roles on between couplings, without an index array.
 
     Attributes:
@@ -57,34 +78,15 @@ class Rotation(Bijection):
     shift: int
     context_dim: int = 0
 
-    def init(self, rng: Any) -> dict[str, Any]:
-        """Nothing to draw."""
-        return {"params": {}, "const": {}}
+    def _move(self, params: Params, x: Array) -> Array:
+        return backend_of(x).xp.roll(x, -self.shift, axis=-1)
 
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        xp = backend_of(x).xp
-        return xp.roll(x, -self.shift, axis=-1), xp.zeros_like(x[..., 0])
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`."""
-        xp = backend_of(y).xp
-        return xp.roll(y, self.shift, axis=-1), xp.zeros_like(y[..., 0])
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The score is rotated like the point."""
-        return *self.forward(params, x), self.forward(params, score)[0], score_context
+    def _move_back(self, params: Params, y: Array) -> Array:
+        return backend_of(y).xp.roll(y, self.shift, axis=-1)
 
 
 @dataclass(frozen=True)
-class Reversal(Bijection):
+class Reversal(_Reordering):
     """y_i = x_{dim - 1 - i}: the permutation between two autoregressive maps.
 
     Attributes:
@@ -94,31 +96,8 @@ class Reversal(Bijection):
     dim: int
     context_dim: int = 0
 
-    def init(self, rng: Any) -> dict[str, Any]:
-        """Nothing to draw."""
-        return {"params": {}, "const": {}}
+    def _move(self, params: Params, x: Array) -> Array:
+        return backend_of(x).xp.flip(x, axis=-1)
 
-    def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.forward`."""
-        xp = backend_of(x).xp
-        return xp.flip(x, axis=-1), xp.zeros_like(x[..., 0])
-
-    def inverse(self, params: Params, y: Array, context: Array | None = None) -> tuple[Array, Array]:
-        """See `Bijection.inverse`."""
-        return self.forward(params, y)
-
-    def forward_with_score(
-        self,
-        params: Params,
-        x: Array,
-        score: Array,
-        context: Array | None = None,
-        score_context: Any = None,
-    ) -> tuple[Array, Array, Array, Array | None]:
-        """The score is reversed like the point."""
-        return *self.forward(params, x), self.forward(params, score)[0], score_context
-
-
-def _take(x: Array, indices: Array) -> tuple[Array, Array]:
-    xp = backend_of(x).xp
-    return xp.take(x, indices, axis=-1), xp.zeros_like(x[..., 0])
+    def _move_back(self, params: Params, y: Array) -> Array:
+        return self._move(params, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -73,11 +74,13 @@ def fixed_point(
     return backend.implicit(step, args, x, max_steps=max_steps, tol=tol)
 
 
-def iterate(sweep: Callable[[Array], Array], x: Array, *, max_steps: int, tol: float, method: str) -> Array:
-    """The same without derivatives."""
+def iterate(
+    sweep: Callable[[Array], Array], x: Array, *, max_steps: int, tol: float, method: str, exact: bool = False
+) -> Array:
+    """The same without derivatives; `exact` says that the last one of `max_steps` sweeps is, whatever it changes."""
     backend = backend_of(x)
     xp = backend.xp
-    watch(method, sweep, x, max_steps=max_steps, tol=tol)
+    watch(method, sweep, x, max_steps=max_steps, tol=tol, exact=exact)
 
     def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
         new = sweep(state[0])
@@ -94,7 +97,14 @@ def iterate(sweep: Callable[[Array], Array], x: Array, *, max_steps: int, tol: f
 
 
 def watch(
-    method: str, step: Callable, start: Any, *, max_steps: int, tol: float, first: Callable = lambda x: x
+    method: str,
+    step: Callable,
+    start: Any,
+    *,
+    max_steps: int,
+    tol: float,
+    first: Callable = lambda x: x,
+    exact: bool = False,
 ) -> None:
     """Where somebody watches, runs state = step(state) as the solver does and counts.
 
@@ -105,6 +115,7 @@ def watch(
         max_steps: The most steps.
         tol: A number is solved once a step changes it by no more than tol (1 + |x|).
         first: Picks x from the state.
+        exact: Whether the last one of `max_steps` steps is, whatever it changes: finite numbers are then solved.
     """
     if not _WATCHERS:
         return
@@ -118,7 +129,8 @@ def watch(
         state, steps = new, steps + 1
         if not (change > tol).any():
             break
-    unsolved = int((~(change <= tol)).sum()) if steps else 0
+    limit = sys.float_info.max if exact and steps == max_steps else tol
+    unsolved = int((~(change <= limit)).sum()) if steps else 0
     worst = float(change.max()) if steps and change.size else 0.0
     for collected in _WATCHERS:
         collected.append(Solve(method, steps, worst, unsolved))

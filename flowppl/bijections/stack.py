@@ -78,7 +78,8 @@ class Stack(Bijection):
 
         def body(carry: tuple[Array, Array], row: Params) -> tuple[tuple[Array, Array], None]:
             x, log_det = carry
-            x, term = step(*self._layer(params, row, x, context))
+            p, with_embedding = self._layer(params, row, x, context)
+            x, term = step(p, x, with_embedding)
             return (x, log_det + term), None
 
         return backend.scan(body, (x, backend.xp.zeros_like(x[..., 0])), self._rows(params), reverse=reverse)[0]
@@ -97,7 +98,7 @@ class Stack(Bijection):
 
         def body(carry: Any, row: Params) -> tuple[Any, None]:
             x, log_det, score, score_context = carry
-            p, x, with_embedding = self._layer(params, row, x, context)
+            p, with_embedding = self._layer(params, row, x, context)
             full = self._with_embedding(backend.stop(0 * row[1]), x, score_context) if self.embedding else score_context
             x, term, score, full = self.layer.forward_with_score(p, x, score, with_embedding, full)
             score_context = None if score_context is None else full[..., : self.context_dim]  # type: ignore[index]
@@ -121,14 +122,12 @@ class Stack(Bijection):
         """What is scanned over."""
         return (params["own"], params["embedding"]) if self.embedding else params
 
-    def _layer(
-        self, params: Params, row: Params, x: Array, context: Array | None
-    ) -> tuple[Params, Array, Array | None]:
-        """One layer's parameters, the point and the layer's context."""
+    def _layer(self, params: Params, row: Params, x: Array, context: Array | None) -> tuple[Params, Array | None]:
+        """One layer's parameters and its context at x."""
         if not self.embedding:
-            return row, x, context
+            return row, context
         own, embedding = row
-        return merge(own, params["shared"]), x, self._with_embedding(embedding, x, context)
+        return merge(own, params["shared"]), self._with_embedding(embedding, x, context)
 
     def _with_embedding(self, embedding: Array, x: Array, context: Array | None) -> Array | None:
         if not self.embedding:

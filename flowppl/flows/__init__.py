@@ -1,25 +1,10 @@
 """Flows: densities from a base and a bijection, by name or by hand."""
 
 from flowppl.flows.bases import Base, CircularUniform, Normal, Product, StudentT, Uniform
-from flowppl.flows.flow import Flow, Sample
+from flowppl.flows.flow import Flow, Sample, part_of
 from flowppl.flows.mixture import Mixture
-from flowppl.flows.recipes import (
-    Recipe,
-    affine,
-    bnaf,
-    get,
-    iaf,
-    maf,
-    names,
-    nsf,
-    planar,
-    radial,
-    realnvp,
-    register,
-    residual,
-    sylvester,
-    ttf,
-)
+from flowppl.flows.recipes import affine, bnaf, iaf, maf, nsf, planar, radial, realnvp, residual, sylvester, ttf
+from flowppl.flows.registry import Recipe, get, names, register
 
 __all__ = [
     "Base",
@@ -39,6 +24,7 @@ __all__ = [
     "maf",
     "names",
     "nsf",
+    "part_of",
     "planar",
     "radial",
     "realnvp",

@@ -51,6 +51,10 @@ class MLP(Configured):
 
     def __call__(self, params: dict[str, Any], x: Array) -> Array:
         """Maps x `(*batch, inputs)` to `(*outputs, *batch)`."""
+        return self.apply(params, x)
+
+    def apply(self, params: dict[str, Any], x: Array) -> Array:
+        """The same from weights as they are, which a masked network masks first: for loops that mask once."""
         xp = backend_of(x).xp
         batch = x.shape[:-1]
         h = self.hidden_units(params, xp.reshape(x, (math.prod(batch), x.shape[-1])).T)
@@ -91,7 +95,7 @@ class MaskedMLP(MLP):
 
     def __call__(self, params: dict[str, Any], x: Array) -> Array:
         """Maps x `(*batch, dim + context_dim)` to `(..., dim, *batch)`."""
-        return super().__call__(self.mask(params), x)
+        return self.apply(self.mask(params), x)
 
     def mask(self, params: dict[str, Any]) -> dict[str, Any]:
         """The parameters with zeros where a unit must not look."""
@@ -133,7 +137,7 @@ class MaskedMLP(MLP):
                 weight, bias = weight[:, :dim], bias + weight[:, dim:] @ context
             weight = take(take(weight, after, 0), before, 1)
             own = xp.sum(xp.reshape(weight, (blocks, -1, blocks, weight.shape[1] // blocks)) * eye, axis=2)
-            bias = xp.reshape(take(bias, after, 0), (blocks, -1, bias.shape[1]))
+            bias = xp.reshape(take(bias, after, 0), (*own.shape[:2], bias.shape[1]))
             layers.append(BlockLayer(own, xp.reshape(weight, (blocks, -1, weight.shape[1])), bias))
         return tuple(layers)
 

@@ -18,7 +18,7 @@ from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
-from flowppl.flows.recipes import over_latents
+from flowppl.flows.registry import over_latents
 from flowppl.laplace import laplace
 from flowppl.numpyro.bases import FlowBase
 from flowppl.numpyro.density import LogDensity

@@ -11,7 +11,7 @@ import numpyro
 
 from flowppl import tree
 from flowppl.flows import Flow, Recipe
-from flowppl.flows.recipes import resolve
+from flowppl.flows.registry import resolve
 from flowppl.numpyro.distributions import FlowDistribution
 
 Array = Any

@@ -18,7 +18,7 @@ from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.flow import part_of
-from flowppl.flows.recipes import over_latents
+from flowppl.flows.registry import over_latents
 from flowppl.laplace import laplace
 from flowppl.objectives import check_gradient
 from flowppl.pyro.bases import FlowBase

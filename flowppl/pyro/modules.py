@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowppl import tree
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
-from flowppl.flows.recipes import resolve
+from flowppl.flows.registry import resolve
 from flowppl.pyro.distributions import FlowDistribution
 
 _SEPARATOR = "/"  # torch allows no dots in the names of parameters
