@@ -60,7 +60,8 @@ class Fit:
     def __init__(self, flow: Any, adam: Adam) -> None:
         trained = eqx.is_inexact_array
         self._params, self._static = eqx.partition(flow, trained, is_leaf=lambda leaf: isinstance(leaf, NonTrainable))
-        self._state, self._adam = _optimizer(adam).init(self._params), adam
+        self._adam = Adam(jnp.float32(adam.rate), adam.steps)  # an array: one compilation serves all rates
+        self._state = _optimizer(self._adam).init(self._params)
         self.params = sum(leaf.size for leaf in jax.tree.leaves(self._params))
 
     def epoch(self, batches: np.ndarray) -> None:
