@@ -138,7 +138,7 @@ COMPILED = [
     n for n in CASES if n.split("-")[0] not in flows.names() or n.startswith("nsf") or not n.endswith(SMALL_SHAPES)
 ]
 # What a front is tested with alone: whether all of it runs there, not once more whether it is right.
-ALONE = ["nsf-5-3", "iaf-5-3", "planar-5-3", "residual-5-3", "learned-base-3-0", "torus-3-0"]
+ALONE = ["nsf-5-3", "iaf-5-3", "planar-5-3", "learned-base-3-0"]
 # Long compositions whose parameters depend on points far out: there they are ill-conditioned, and not compared.
 ILL_CONDITIONED_FAR_OUT = ("nested", "torus-4")
 # One flow of each kind, for what need not be tried in every shape.

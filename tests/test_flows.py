@@ -69,7 +69,7 @@ def test_density_and_draws_agree_in_one_dimension(name, backend, make_rng):
 def test_density_and_draws_agree_in_two_dimensions(name, backend, make_rng):
     """Given a context: the same on a plane, in 7 x 7 cells and the rest."""
     flow = registered(name, 2, 1)
-    v = on(backend, variables(flow, seed=4, noise=0.4))
+    v = on(backend, variables(flow, seed=4, noise=0.3))
     context = np.float64([0.7])
     fine, n = 15.0, 420
     centres = fine * ((np.arange(n) + 0.5) / n * 2 - 1)

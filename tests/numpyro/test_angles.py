@@ -18,6 +18,7 @@ def model():
     numpyro.sample("y", dist.Normal(jnp.cos(a) + b, 0.5), obs=-1.0)
 
 
+@pytest.mark.slow
 def test_evidence_and_moments_across_the_seam():
     guide = AutoFlow(model, flows.nsf(layers=2, hidden=(16,)), gradient="path")
     svi = SVI(model, guide, numpyro.optim.Adam(1e-2), Trace_ELBO(num_particles=64))

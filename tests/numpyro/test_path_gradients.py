@@ -65,6 +65,7 @@ def target():
         numpyro.sample("d", dist.Normal(a**2, 0.9).to_event(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "elbo", [Trace_ELBO(), TraceGraph_ELBO(), TraceMeanField_ELBO()], ids=lambda e: type(e).__name__
 )
@@ -134,6 +135,7 @@ def test_no_variance_at_an_exact_gaussian_posterior():
     check_no_variance(model, guide_of, {"auto_flow$params": placed["params"]})
 
 
+@pytest.mark.slow
 def test_no_variance_through_contexts_plates_events_and_expansion(scramble):
     """Needs the score of the context: a parent moves the density of its children."""
     params = params_of(hierarchy("path"), scramble)
@@ -155,6 +157,7 @@ def test_no_variance_under_explicit_expansion(scramble):
     check_no_variance(planted(guide_of, params), guide_of, params)
 
 
+@pytest.mark.slow
 def test_under_a_mask_the_gradient_is_the_total_one(scramble):
     """NumPyro's masks drop what was drawn beside the value: no path gradient, and nothing wrong."""
     guide_of = lambda gradient: conditional(gradient, lambda q: q.expand([3]).mask(jnp.array([True, True, False])))
@@ -175,6 +178,7 @@ def test_without_intermediates_the_gradient_is_the_total_one(scramble):
     jax.tree.map(np.testing.assert_allclose, score(variables, "path"), score(variables, "reparam"))
 
 
+@pytest.mark.slow
 def test_renyi_is_biased_with_path_and_right_with_reparam(scramble):
     """Documented: RenyiELBO weighs draws by the density ratio, and is no linear function of log q."""
     model = lambda: numpyro.sample("z", dist.Normal(jnp.zeros(1), 1.0).to_event(1))
