@@ -12,7 +12,7 @@ from flowppl import tree
 from flowppl.bijections import Bijection, Inverse, bind
 from flowppl.flows import Flow
 
-BATCH, RATE = 256, 3e-3
+BATCH, RATE, CLIP_NORM = 256, 1e-3, 10.0  # polynomials of outliers overflow at three times the rate
 
 
 def drawn(bijection: Bijection, seed: int, scale: float) -> Any:
@@ -67,5 +67,6 @@ def fitted(bijection: Bijection, x: np.ndarray, steps: int, seed: int = 0) -> An
         batch = torch.as_tensor(x[rng.integers(len(x), size=BATCH)])
         adam.zero_grad()
         (-flow.log_prob(variables, batch).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(leaves, CLIP_NORM)
         adam.step()
     return tree.map(lambda p: p.detach().numpy(), bind(variables)["bijection"])
