@@ -67,6 +67,6 @@ def fitted(bijection: Bijection, x: np.ndarray, steps: int, seed: int = 0) -> An
         batch = torch.as_tensor(x[rng.integers(len(x), size=BATCH)])
         adam.zero_grad()
         (-flow.log_prob(variables, batch).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(leaves, CLIP_NORM)
-        adam.step()
+        if torch.nn.utils.clip_grad_norm_(leaves, CLIP_NORM).isfinite():
+            adam.step()
     return tree.map(lambda p: p.detach().numpy(), bind(variables)["bijection"])
