@@ -1,116 +1,176 @@
-"""Laplace's approximation, found robustly: where a flow guide starts."""
+"""Laplace's approximation, and the normal of the highest ELBO around it, from log densities and scores alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
-
-from flowppl.errors import NonFiniteError
+from scipy.special import gammaincinv
 
 Array = np.ndarray
-_SAMPLES = 64  # draws that compare the candidates by their ELBO
-_MAX_CANDIDATES = 8
-_MAX_NEWTON_STEPS = 20
+_WIDTH = 0.1  # of the differences of scores, in standard deviations: narrow for curvature, wide for float32
+_MAX_SCALE = 1e7  # a direction in which the density is flat has to end somewhere
+_MAX_STEPS = 30
+_SAMPLES = 128  # at least so many draws estimate an ELBO's gradient
 
 
-def laplace(
-    value_and_score: Callable[[Array], tuple[Array, Array]],
-    hessian: Callable[[Array], Array],
-    start: Array,
-) -> tuple[Array, Array]:
-    """Finds a normal approximation N(loc, scale_tril scale_tril^T) of an unnormalised density.
+class NormalApproximation(NamedTuple):
+    """A normal approximation N(loc, scale_tril scale_tril^T) of an unnormalised density.
 
-    L-BFGS climbs from `start`. The mode is not always where a normal fits best: it may lie at infinity (the neck of a funnel).
-    So points along the climb are candidates too; at each, the negative Hessian with its spectrum made positive gives a covariance,
-    and the candidate with the highest ELBO, estimated from common draws, wins. Zhang et al. 2022, "Pathfinder", choose likewise.
-    From there Newton's method goes on while the ELBO rises: where coordinates differ in scale by many orders, L-BFGS stops short.
-
-    Args:
-        value_and_score: Maps points `(n, d)` to log densities `(n,)` and gradients `(n, d)`, in float64.
-        hessian: Maps a point `(d,)` to the Hessian of the log density `(d, d)`.
-        start: A point `(d,)` of finite log density.
-
-    Returns:
-        loc `(d,)` and scale_tril `(d, d)`.
-
-    Raises:
-        NonFiniteError: the log density or its gradient at `start` is not finite.
+    Attributes:
+        loc: `(d,)`.
+        scale_tril: `(d, d)`, lower triangular with a positive diagonal.
+        elbo: E log p(x) + the entropy of the normal, estimated from draws that chose nothing.
+        num_evals: How many points the density and its gradient were evaluated at to find it.
     """
-    start = np.asarray(start, np.float64)
-    value, score = value_and_score(start[None])
-    if not (np.isfinite(value).all() and np.isfinite(score).all()):
-        raise NonFiniteError(
-            f"the model's log density at the start is {value[0]:g} and its gradient has "
-            f"{int((~np.isfinite(score)).sum())} non-finite entries of {score.size}: choose another init_loc_fn "
-            "(init_to_value, init_to_median) or check the model for parameters outside their support"
-        )
-    noise = np.random.default_rng(0).standard_normal((_SAMPLES, start.size))
 
-    def fit(loc: Array) -> _Fit:
-        scale_tril = _scale_tril(hessian(loc))
-        if scale_tril is None:
-            return _Fit(-np.inf, loc, 0.1 * np.eye(loc.size))
-        values, _ = value_and_score(loc + noise @ scale_tril.T)
-        return _Fit(np.mean(values) + np.log(np.diagonal(scale_tril)).sum(), loc, scale_tril)
-
-    best = max(map(fit, _climb(value_and_score, start)), key=lambda found: found.elbo)
-    for _ in range(_MAX_NEWTON_STEPS):
-        found = fit(_newton_step(value_and_score, best))
-        if not found.elbo > best.elbo:
-            break
-        best = found
-    return best.loc, best.scale_tril
-
-
-class _Fit(NamedTuple):
-    """A normal approximation and its ELBO up to a constant; -inf where there is none."""
-
-    elbo: float
     loc: Array
     scale_tril: Array
+    elbo: float
+    num_evals: int
 
 
-def _newton_step(value_and_score: Callable, fit: _Fit) -> Array:
-    """The end of a Newton step, halved until the log density rises; the same point if it does not."""
-    value, score = value_and_score(fit.loc[None])
-    step = fit.scale_tril @ (fit.scale_tril.T @ score[0])
-    ends = fit.loc + step * 0.5 ** np.arange(10)[:, None]
-    better = np.flatnonzero(value_and_score(ends)[0] > value[0])
-    return ends[better[0]] if better.size else fit.loc
+class Evaluations:
+    """A log density with its score, counted; -inf and a zero score wherever one of them is not finite.
+
+    Args:
+        value_and_score: Maps points `(n, d)` to log densities `(n,)` and gradients `(n, d)`.
+    """
+
+    def __init__(self, value_and_score: Callable[[Array], tuple[Array, Array]]) -> None:
+        self._value_and_score = value_and_score
+        self.num_evals = 0
+
+    def __call__(self, points: Array) -> tuple[Array, Array]:
+        """Log densities `(n,)` and scores `(n, d)` at points `(n, d)`."""
+        self.num_evals += len(points)
+        values, scores = self._value_and_score(points)
+        fine = np.isfinite(values) & np.isfinite(scores).all(-1)
+        return np.where(fine, values, -np.inf), np.where(fine[:, None], scores, 0.0)
+
+    def elbo(self, normal: Any, noise: Array) -> float:
+        """The mean of log p - log q at the draws that standard normal ones `(n, d)` become: no noise where they are parallel."""
+        log_q = -0.5 * (noise * noise).sum(-1) - normal.log_det - 0.5 * noise.shape[1] * np.log(2 * np.pi)
+        return float(np.mean(self(normal.draws(noise))[0] - log_q))
 
 
-def _climb(value_and_score: Callable, start: Array) -> list[Array]:
-    """The start, the end and points between them on the path of L-BFGS."""
-    path = [start]
+class Root(NamedTuple):
+    """N(loc, root root^T): loc `(d,)` and any square root of the covariance, `(d, d)`."""
 
-    def objective(x: Array) -> tuple[float, Array]:
-        value, score = value_and_score(x[None])
-        finite = np.isfinite(value[0]) and np.isfinite(score).all()
-        return (-float(value[0]), -score[0]) if finite else (1e300, np.zeros_like(x))
+    loc: Array
+    root: Array
 
-    minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        callback=lambda x: path.append(x.copy()),
-        options={"maxiter": 500, "maxcor": 20},
-    )
-    keep = np.unique(np.geomspace(1, len(path), min(_MAX_CANDIDATES, len(path))).round().astype(int)) - 1
-    return [path[i] for i in keep]
+    def draws(self, noise: Array) -> Array:
+        """Points `(n, d)` from standard normal ones."""
+        return self.loc + noise @ self.root.T
+
+    @property
+    def log_det(self) -> float:
+        """The log-determinant of the root."""
+        return float(np.linalg.slogdet(self.root)[1])
+
+    def scale_tril(self) -> Array:
+        """The Cholesky factor of the covariance: a QR decomposition of the root, which squares nothing."""
+        upper = np.linalg.qr(self.root.T, mode="r")
+        return (upper * np.where(np.diagonal(upper) < 0, -1.0, 1.0)[:, None]).T
 
 
-def _scale_tril(hessian: Array) -> Array | None:
-    """The Cholesky factor of the inverse of the negative Hessian, its eigenvalues made positive; None if it is not finite."""
-    if not np.isfinite(hessian).all():
+def antithetic(rng: np.random.Generator, samples: int, d: int, orthogonal: bool = True) -> Array:
+    """Standard normal draws `(n, d)` with their negatives, of n >= samples.
+
+    Orthogonal ones come in turned frames, each at a quantile of the normal's radius: means of quadratic functions are exact. There
+    are at least 2 d of them.
+    """
+    if not orthogonal:
+        half = rng.standard_normal((samples // 2, d))
+        return np.concatenate([half, -half])
+    frames = -(-samples // (2 * d))
+    squares = 2 * gammaincinv(d / 2, (np.arange(frames) + 0.5) / frames)
+    radii = np.sqrt(squares * (d / squares.mean()))
+    half = np.concatenate([r * np.linalg.qr(rng.standard_normal((d, d)))[0] for r in radii])
+    return np.concatenate([half, -half])
+
+
+def newton(density: Evaluations, start: Root) -> list[Root]:
+    """Climbs to a mode by damped Newton steps; each iterate with the Laplace approximation there.
+
+    The Hessian comes from differences of scores along the columns of the last approximation's root. In these coordinates it is
+    near the identity, whatever the units and correlations, and the differences lose nothing to rounding. Its spectrum is made
+    positive; where it vanishes the scale grows a hundredfold a step, up to a bound.
+    """
+    (loc, root), found = start, []
+    values, scores = density(loc[None])
+    for _ in range(_MAX_STEPS):
+        precision = _precision(density, loc, root)
+        if precision is None:
+            root = 0.1 * root
+            continue
+        change, spectrum = _inverse_root(precision)
+        root = _bounded(root @ change)
+        found.append(Root(loc, root))
+        slope = root.T @ scores[0]
+        if slope @ slope < 1e-8 and np.abs(spectrum - 1).max() < 1e-3:
+            break
+        steps = (0.25 ** np.arange(8))[:, None] * (root @ slope)
+        ends = density(loc + steps)
+        best = int(np.argmax(ends[0]))
+        if ends[0][best] > values[0]:
+            loc, values, scores = loc + steps[best], ends[0][[best]], ends[1][[best]]
+    return found
+
+
+def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diagonal: bool = False, max_steps: int = 20) -> Root:
+    """Climbs the ELBO over all normals by damped natural-gradient steps, on common draws.
+
+    With x = loc + root z: loc += root P^-1 E[root^T score] and root <- root P^-1/2, where P = -E[z (root^T score)^T] is the
+    expected negative Hessian in whitened coordinates, by Stein's identity. Draws that are orthogonal, and come with their negatives,
+    make the step exact for a normal density. Opper & Archambeau 2009, "The variational Gaussian approximation revisited".
+    """
+    noise = antithetic(rng, _SAMPLES, start.loc.size, orthogonal=not diagonal)
+    best, elbo, damping, trial = start, -np.inf, 1.0, start
+    for _ in range(max_steps):
+        values, scores = density(trial.draws(noise))
+        reached = np.mean(values) + trial.log_det
+        if reached > elbo:
+            small = reached - elbo < 1e-3
+            best, elbo = trial, reached
+            if small:
+                break
+            whitened = scores @ best.root
+            if diagonal:
+                eigenvalues, vectors = -(noise * whitened).mean(0), np.eye(noise.shape[1])
+            else:
+                precision = -(noise.T @ whitened) / len(noise)
+                eigenvalues, vectors = np.linalg.eigh((precision + precision.T) / 2)
+            eigenvalues = np.clip(np.abs(eigenvalues), 0.1, 10.0)
+            mean = vectors.T @ whitened.mean(0)
+        elif not np.isfinite(elbo) or damping < 0.1:
+            break
+        else:
+            damping *= 0.5
+        step = damping * mean / eigenvalues
+        root = _bounded(best.root @ (vectors * eigenvalues ** (-damping / 2)))
+        trial = Root(best.loc + best.root @ (vectors @ step), root)
+    return best
+
+
+def _precision(density: Evaluations, loc: Array, root: Array) -> Array | None:
+    """-root^T Hessian root `(d, d)`, from central differences; None where the density ends."""
+    values, scores = density(np.concatenate([loc + _WIDTH * root.T, loc - _WIDTH * root.T]))
+    if not np.isfinite(values).all():
         return None
-    unit = 1 / np.sqrt(np.maximum(np.abs(np.diagonal(hessian)), 1e-12))  # free of the coordinates' units
-    values, vectors = np.linalg.eigh(-(hessian + hessian.T) / 2 * np.outer(unit, unit))
-    floor = 1e-8 * np.abs(values).max()
-    root = vectors / np.sqrt(np.maximum(np.abs(values), floor))
-    # (unit * root)(unit * root)^T is the covariance; the QR factor of its root is the Cholesky factor, squaring nothing.
-    upper = np.linalg.qr((unit[:, None] * root).T, mode="r")
-    return (upper * np.sign(np.diagonal(upper))[:, None]).T
+    ahead, behind = np.split(scores, 2)
+    precision = (behind - ahead) @ root / (2 * _WIDTH)
+    return (precision + precision.T) / 2
+
+
+def _inverse_root(precision: Array) -> tuple[Array, Array]:
+    """C with C C^T the inverse of a matrix whose spectrum is made positive; the eigenvalues, in units of its diagonal."""
+    unit = 1 / np.sqrt(np.maximum(np.abs(np.diagonal(precision)), 1e-4))
+    values, vectors = np.linalg.eigh(precision * np.outer(unit, unit))
+    return unit[:, None] * vectors / np.sqrt(np.maximum(np.abs(values), 1e-4)), values / unit.max() ** 2
+
+
+def _bounded(root: Array) -> Array:
+    return root / np.maximum(np.linalg.norm(root, axis=0) / _MAX_SCALE, 1.0)

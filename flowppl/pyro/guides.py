@@ -19,13 +19,14 @@ from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.flow import part_of
 from flowppl.flows.registry import over_latents
-from flowppl.laplace import laplace
+from flowppl.laplace import NormalApproximation
 from flowppl.objectives import check_gradient
+from flowppl.pathfinder import pathfinder
 from flowppl.pyro.bases import FlowBase
-from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
+from flowppl.pyro.precise import value_and_score
 from flowppl.pyro.sites import is_angle
 
 _QUANTILE_DRAWS = 10_000
@@ -82,6 +83,7 @@ class AutoFlow(FlatGuide):
         flows.get(flow)  # an unknown name is an error here, not at the first step
         super().__init__(model, init_loc_fn)
         self._choice, self._gradient, self._init_scale = flow, check_gradient(gradient), init_scale
+        self.preconditioned: NormalApproximation | None = None
 
     def _setup_flow(self) -> None:
         loc = self._layout.start
@@ -135,7 +137,9 @@ class AutoFlow(FlatGuide):
         return FlowDistribution(self._flow, variables, gradient=self._gradient)
 
     def precondition(self, rng: torch.Generator | None, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Puts a Laplace approximation of the posterior into the affine layer at the data end, in place.
+        """Puts a normal approximation into the affine layer at the data end, in place; it stays in `guide.preconditioned`.
+
+        Multi-path Pathfinder, polished by Newton and ELBO steps; the model is evaluated in float64 where it allows it.
 
         Args:
             rng: A `torch.Generator` for what the model draws besides its latents (None: torch's global one).
@@ -146,21 +150,15 @@ class AutoFlow(FlatGuide):
             The guide.
 
         Raises:
-            NonFiniteError: the model's log density or gradient at the start is not finite.
+            NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
         self.setup(*args, **kwargs)
         start = self._layout.start
         model, init_loc_fn = self._require_source()
-        density = LogDensity(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
-
-        def in_float64(function: Callable) -> Callable:
-            return lambda u: tree.map(
-                lambda a: a.detach().double().cpu().numpy(), function(torch.as_tensor(u).to(start))
-            )
-
-        hessian = lambda u: torch.autograd.functional.hessian(lambda x: density.log_prob(x[None])[0], u)
-        found = laplace(in_float64(density.value_and_score), in_float64(hessian), start.double().cpu().numpy())
-        loc, scale_tril = (torch.as_tensor(a).to(start) for a in found)
+        density = value_and_score(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
+        seed = int(torch.randint(2**62, (), generator=rng, device=None if rng is None else rng.device))
+        self.preconditioned = pathfinder(density, start.double().cpu().numpy(), seed)
+        loc, scale_tril = (torch.as_tensor(a).to(start) for a in self.preconditioned[:2])
         self._assign(place(self._flow, self._variables(), loc, scale_tril))
         return self
 
