@@ -12,6 +12,7 @@ Array = np.ndarray
 _WIDTH = 0.1  # of the differences of scores, in standard deviations: narrow for curvature, wide for float32
 _MAX_SCALE = 1e7  # a direction in which the density is flat has to end somewhere
 _MAX_STEPS = 30
+_PATIENCE = 3  # steps of Newton without a higher ELBO
 _SAMPLES = 128  # at least so many draws estimate an ELBO's gradient
 
 
@@ -92,32 +93,39 @@ def antithetic(rng: np.random.Generator, samples: int, d: int, orthogonal: bool 
     return np.concatenate([half, -half])
 
 
-def newton(density: Evaluations, start: Root) -> list[Root]:
-    """Climbs to a mode by damped Newton steps; each iterate with the Laplace approximation there.
+def newton(density: Evaluations, start: Root, noise: Array) -> Root:
+    """The Laplace approximation of the highest ELBO on the way of damped Newton steps to a mode.
 
     The Hessian comes from differences of scores along the columns of the last approximation's root. In these coordinates it is
     near the identity, whatever the units and correlations, and the differences lose nothing to rounding. Its spectrum is made
     positive; where it vanishes the scale grows a hundredfold a step, up to a bound.
+
+    Args:
+        density: The density.
+        start: The first approximation.
+        noise: Standard normal draws `(n, d)`, for the ELBO.
     """
-    (loc, root), found = start, []
+    (loc, root), best, elbo, worse = start, start, density.elbo(start, noise), 0
     values, scores = density(loc[None])
     for _ in range(_MAX_STEPS):
         precision = _precision(density, loc, root)
         if precision is None:
             root = 0.1 * root
             continue
-        change, spectrum = _inverse_root(precision)
-        root = _bounded(root @ change)
-        found.append(Root(loc, root))
+        root = _bounded(root @ _inverse_root(precision))
+        reached = density.elbo(Root(loc, root), noise)
+        worse = 0 if reached > elbo + 1e-3 else worse + 1
+        if reached > elbo:
+            best, elbo = Root(loc, root), reached
         slope = root.T @ scores[0]
-        if slope @ slope < 1e-8 and np.abs(spectrum - 1).max() < 1e-3:
+        if worse == _PATIENCE:
             break
-        steps = (0.25 ** np.arange(8))[:, None] * (root @ slope)
-        ends = density(loc + steps)
-        best = int(np.argmax(ends[0]))
-        if ends[0][best] > values[0]:
-            loc, values, scores = loc + steps[best], ends[0][[best]], ends[1][[best]]
-    return found
+        ends = loc + (0.25 ** np.arange(8))[:, None] * (root @ slope)
+        end_values, end_scores = density(ends)
+        i = int(np.argmax(end_values))
+        if end_values[i] > values[0]:
+            loc, values, scores = ends[i], end_values[[i]], end_scores[[i]]
+    return best
 
 
 def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diagonal: bool = False, max_steps: int = 20) -> Root:
@@ -165,11 +173,11 @@ def _precision(density: Evaluations, loc: Array, root: Array) -> Array | None:
     return (precision + precision.T) / 2
 
 
-def _inverse_root(precision: Array) -> tuple[Array, Array]:
-    """C with C C^T the inverse of a matrix whose spectrum is made positive; the eigenvalues, in units of its diagonal."""
+def _inverse_root(precision: Array) -> Array:
+    """C with C C^T the inverse of a matrix whose spectrum, in units of its diagonal, is made positive."""
     unit = 1 / np.sqrt(np.maximum(np.abs(np.diagonal(precision)), 1e-4))
     values, vectors = np.linalg.eigh(precision * np.outer(unit, unit))
-    return unit[:, None] * vectors / np.sqrt(np.maximum(np.abs(values), 1e-4)), values / unit.max() ** 2
+    return unit[:, None] * vectors / np.sqrt(np.maximum(np.abs(values), 1e-4))
 
 
 def _bounded(root: Array) -> Array:

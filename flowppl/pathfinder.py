@@ -46,23 +46,21 @@ def pathfinder(
     density, rng = Evaluations(value_and_score), np.random.default_rng(seed)
     start = np.asarray(start, np.float64)
     starts = _starts(density, start, rng)
-    candidates = _paths(density, starts)
     dense = start.size <= _DENSE
     noise = antithetic(rng, _DRAWS, start.size, orthogonal=False)
-    ranked = sorted(((density.elbo(c, noise), i) for i, c in enumerate(candidates)), reverse=True)
-    noise = antithetic(rng, 2 * _DRAWS, start.size, dense)
-    finalists = [Root(starts[0], np.eye(start.size)), candidates[ranked[0][1]].dense()]
+    paths = [max(path, key=lambda normal: normal[0]) for path in _paths(density, starts, noise) if path]
+    paths = [normal.dense() for _, normal in sorted(paths, key=lambda normal: -normal[0])]
+    found = [Root(starts[0], np.eye(start.size)), *paths[:1]]
     if not dense:
-        finalists.append(climb_elbo(density, finalists[-1], rng, diagonal=True))
+        found += [climb_elbo(density, normal, rng, diagonal=True) for normal in paths[:1]]
+    noise = antithetic(rng, 2 * _DRAWS, start.size, dense)
     modes: list[Root] = []
-    for _, i in ranked if dense else ():
-        if len(modes) < _MODES and not any(_near(candidates[i].loc, mode) for mode in modes):
-            first = candidates[i].dense()
-            iterates = [first, *newton(density, first)]
-            modes.append(iterates[-1])
-            best = max(iterates, key=lambda normal: density.elbo(normal, noise))
-            finalists += [best, climb_elbo(density, best, rng)]
-    return _best(density, finalists, antithetic(rng, _FINAL_DRAWS, start.size, dense))
+    for path in paths if dense else ():
+        if len(modes) < _MODES and not any(_near(path.loc, mode) for mode in modes):
+            laplace = newton(density, path, noise)
+            modes.append(climb_elbo(density, laplace, rng))
+            found += [laplace, modes[-1]]
+    return _best(density, found, antithetic(rng, _FINAL_DRAWS, start.size, dense))
 
 
 def _best(density: Evaluations, normals: list[Root], noise: Array) -> NormalApproximation:
@@ -143,17 +141,18 @@ def _low_rank(x: Array, score: Array, alpha: Array, steps: Array, changes: Array
     return normal._replace(loc=normal.draws(root_score[None])[0])
 
 
-def _paths(density: Evaluations, x: Array) -> list[_LowRank]:
-    """L-BFGS from every row of x `(NUM_PATHS, d)` in lockstep, so that all evaluations have one shape; normals along the paths."""
+def _paths(density: Evaluations, x: Array, noise: Array) -> list[list[tuple[float, _LowRank]]]:
+    """L-BFGS from every row of x `(NUM_PATHS, d)` in lockstep, which batches evaluations; normals along each path with ELBOs."""
     value, score = density(x)
     alpha, pairs = np.ones_like(x), []
-    found: list[_LowRank] = []
+    found: list[list[tuple[float, _LowRank]]] = [[] for _ in x]
     alive = np.ones(len(x), bool)
 
     def snapshot(path: int) -> None:
         mine = [(s[path], y[path]) for s, y, kept in pairs if kept[path]]
         if mine:
-            found.append(_low_rank(x[path], score[path], alpha[path], *map(np.array, zip(*mine, strict=True))))
+            normal = _low_rank(x[path], score[path], alpha[path], *map(np.array, zip(*mine, strict=True)))
+            found[path].append((density.elbo(normal, noise), normal))
 
     for step in range(1, _MAX_STEPS + 1):
         direction = _direction(score, alpha, pairs)
@@ -174,7 +173,7 @@ def _paths(density: Evaluations, x: Array) -> list[_LowRank]:
             snapshot(path)
         if not alive.any():
             break
-    return found or [_LowRank(p, np.full_like(p, 0.1), np.zeros((p.size, 1)), np.zeros((1, 1))) for p in x]
+    return found
 
 
 def _direction(score: Array, alpha: Array, pairs: list) -> Array:

@@ -14,13 +14,14 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_median, init_to_uniform
 
-from flowppl import flows, pathfinder
+from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError, NonFiniteError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
 from flowppl.numpyro.bases import FlowBase
+from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.flat_guide import FlatGuide
@@ -28,6 +29,7 @@ from flowppl.numpyro.modules import as_params, register
 from flowppl.numpyro.precise import value_and_score
 from flowppl.numpyro.sites import is_angle
 from flowppl.objectives import check_gradient
+from flowppl.pathfinder import NUM_PATHS, pathfinder
 
 Array = Any
 _QUANTILE_DRAWS = 10_000
@@ -133,11 +135,9 @@ class AutoFlow(FlatGuide):
         except NonFiniteError:
             self.init_loc_fn = init_to_uniform  # other starts may have a density
             self._setup(rng, args, kwargs)
-        density = value_and_score(
-            self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn, rows=pathfinder.NUM_PATHS
-        )
+        density = LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn)
         seed = np.asarray(jax.random.bits(rng, (4,)))
-        self.preconditioned = pathfinder.pathfinder(density, np.asarray(self._init_latent), seed)
+        self.preconditioned = pathfinder(value_and_score(density, NUM_PATHS), np.asarray(self._init_latent), seed)
         return as_params(self._flow_name, self._variables(rng))
 
     def median(self, params: dict[str, Any]) -> dict[str, Array]:
