@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from scipy.special import gammaincinv
@@ -12,6 +12,7 @@ Array = np.ndarray
 _WIDTH = 0.1  # of the differences of scores, in standard deviations: narrow for curvature, wide for float32
 _MAX_SCALE = 1e7  # a direction in which the density is flat has to end somewhere
 _MAX_STEPS = 30
+_MAX_CLIMB = 20
 _PATIENCE = 3  # steps of Newton without a higher ELBO
 _SAMPLES = 128  # at least so many draws estimate an ELBO's gradient
 
@@ -22,7 +23,7 @@ class NormalApproximation(NamedTuple):
     Attributes:
         loc: `(d,)`.
         scale_tril: `(d, d)`, lower triangular with a positive diagonal.
-        elbo: E log p(x) + the entropy of the normal, estimated from draws that chose nothing.
+        elbo: E log p(x) + the entropy of the normal, estimated from draws that only chose among the last few.
         num_evals: How many points the density and its gradient were evaluated at to find it.
     """
 
@@ -30,6 +31,15 @@ class NormalApproximation(NamedTuple):
     scale_tril: Array
     elbo: float
     num_evals: int
+
+
+class Normal(Protocol):
+    """Anything with draws and the log-determinant of a root of its covariance."""
+
+    @property
+    def log_det(self) -> float: ...
+
+    def draws(self, noise: Array) -> Array: ...
 
 
 class Evaluations:
@@ -50,7 +60,7 @@ class Evaluations:
         fine = np.isfinite(values) & np.isfinite(scores).all(-1)
         return np.where(fine, values, -np.inf), np.where(fine[:, None], scores, 0.0)
 
-    def elbo(self, normal: Any, noise: Array) -> float:
+    def elbo(self, normal: Normal, noise: Array) -> float:
         """The mean of log p - log q at the draws that standard normal ones `(n, d)` become: no noise where they are parallel."""
         log_q = -0.5 * (noise * noise).sum(-1) - normal.log_det - 0.5 * noise.shape[1] * np.log(2 * np.pi)
         return float(np.mean(self(normal.draws(noise))[0] - log_q))
@@ -114,7 +124,7 @@ def newton(density: Evaluations, start: Root, noise: Array) -> Root:
             continue
         root = _bounded(root @ _inverse_root(precision))
         reached = density.elbo(Root(loc, root), noise)
-        worse = 0 if reached > elbo + 1e-3 else worse + 1
+        worse = worse + 1 if -np.inf < reached <= elbo + 1e-3 else 0
         if reached > elbo:
             best, elbo = Root(loc, root), reached
         slope = root.T @ scores[0]
@@ -128,38 +138,42 @@ def newton(density: Evaluations, start: Root, noise: Array) -> Root:
     return best
 
 
-def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diagonal: bool = False, max_steps: int = 20) -> Root:
+def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diagonal: bool = False) -> Root:
     """Climbs the ELBO over all normals by damped natural-gradient steps, on common draws.
 
     With x = loc + root z: loc += root P^-1 E[root^T score] and root <- root P^-1/2, where P = -E[z (root^T score)^T] is the
-    expected negative Hessian in whitened coordinates, by Stein's identity. Draws that are orthogonal, and come with their negatives,
-    make the step exact for a normal density. Opper & Archambeau 2009, "The variational Gaussian approximation revisited".
+    expected negative Hessian in whitened coordinates, by Stein's identity. Draws that are orthogonal, with their negatives
+    among them, make the step exact for a normal density. Opper & Archambeau 2009, "The variational Gaussian approximation revisited".
+
+    Args:
+        density: The density.
+        start: Where it starts.
+        rng: Of the draws.
+        diagonal: Takes P to be diagonal, for many dimensions.
     """
     noise = antithetic(rng, _SAMPLES, start.loc.size, orthogonal=not diagonal)
-    best, elbo, damping, trial = start, -np.inf, 1.0, start
-    for _ in range(max_steps):
+    best, trial, elbo, damping = start, start, float(-np.inf), 1.0
+    for _ in range(_MAX_CLIMB):
         values, scores = density(trial.draws(noise))
-        reached = np.mean(values) + trial.log_det
+        reached = float(np.mean(values)) + trial.log_det
         if reached > elbo:
             small = reached - elbo < 1e-3
             best, elbo = trial, reached
             if small:
                 break
-            whitened = scores @ best.root
-            if diagonal:
-                eigenvalues, vectors = -(noise * whitened).mean(0), np.eye(noise.shape[1])
-            else:
-                precision = -(noise.T @ whitened) / len(noise)
-                eigenvalues, vectors = np.linalg.eigh((precision + precision.T) / 2)
-            eigenvalues = np.clip(np.abs(eigenvalues), 0.1, 10.0)
-            mean = vectors.T @ whitened.mean(0)
+            whitened, axes = scores @ best.root, best.root
+            precision = -(noise * whitened).mean(0)
+            if not diagonal:
+                full = -(noise.T @ whitened) / len(noise)
+                precision, vectors = np.linalg.eigh((full + full.T) / 2)
+                axes = axes @ vectors
+            precision = np.clip(np.abs(precision), 0.1, 10.0)
+            slope = (scores @ axes).mean(0)
         elif not np.isfinite(elbo) or damping < 0.1:
             break
         else:
             damping *= 0.5
-        step = damping * mean / eigenvalues
-        root = _bounded(best.root @ (vectors * eigenvalues ** (-damping / 2)))
-        trial = Root(best.loc + best.root @ (vectors @ step), root)
+        trial = Root(best.loc + damping * axes @ (slope / precision), _bounded(axes * precision ** (-damping / 2)))
     return best
 
 

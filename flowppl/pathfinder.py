@@ -48,16 +48,16 @@ def pathfinder(
     starts = _starts(density, start, rng)
     dense = start.size <= _DENSE
     noise = antithetic(rng, _DRAWS, start.size, orthogonal=False)
-    paths = [max(path, key=lambda normal: normal[0]) for path in _paths(density, starts, noise) if path]
-    paths = [normal.dense() for _, normal in sorted(paths, key=lambda normal: -normal[0])]
-    found = [Root(starts[0], np.eye(start.size)), *paths[:1]]
+    paths = [max(path, key=lambda scored: scored[0]) for path in _paths(density, starts, noise) if path]
+    ranked = [normal for _, normal in sorted(paths, key=lambda scored: -scored[0])]
+    found = [Root(starts[0], np.eye(start.size)), *(normal.dense() for normal in ranked[:1])]
     if not dense:
-        found += [climb_elbo(density, normal, rng, diagonal=True) for normal in paths[:1]]
+        found += [climb_elbo(density, found[-1], rng, diagonal=True)]
     noise = antithetic(rng, 2 * _DRAWS, start.size, dense)
     modes: list[Root] = []
-    for path in paths if dense else ():
-        if len(modes) < _MODES and not any(_near(path.loc, mode) for mode in modes):
-            laplace = newton(density, path, noise)
+    for normal in ranked if dense else ():
+        if len(modes) < _MODES and not any(_near(normal.loc, mode) for mode in modes):
+            laplace = newton(density, normal.dense(), noise)
             modes.append(climb_elbo(density, laplace, rng))
             found += [laplace, modes[-1]]
     return _best(density, found, antithetic(rng, _FINAL_DRAWS, start.size, dense))
@@ -82,7 +82,7 @@ def _starts(density: Evaluations, start: Array, rng: np.random.Generator) -> Arr
     """The start and points around it and around zero, as far as the density is finite there: `(NUM_PATHS, d)`."""
     points = np.empty((0, start.size))
     for k in range(_ROUNDS):
-        spread = np.resize(_SPREADS, (NUM_PATHS, 1))
+        spread: Array = np.resize(_SPREADS, (NUM_PATHS, 1))
         trial = start * (k % 2 == 0) + spread * rng.uniform(-1, 1, (NUM_PATHS, start.size))
         if k == 0:
             trial[0] = start
@@ -144,9 +144,10 @@ def _low_rank(x: Array, score: Array, alpha: Array, steps: Array, changes: Array
 def _paths(density: Evaluations, x: Array, noise: Array) -> list[list[tuple[float, _LowRank]]]:
     """L-BFGS from every row of x `(NUM_PATHS, d)` in lockstep, which batches evaluations; normals along each path with ELBOs."""
     value, score = density(x)
-    alpha, pairs = np.ones_like(x), []
+    alpha = np.ones_like(x)
+    pairs: list[tuple[Array, Array, Array]] = []
     found: list[list[tuple[float, _LowRank]]] = [[] for _ in x]
-    alive = np.ones(len(x), bool)
+    alive: Array = np.ones(len(x), bool)
 
     def snapshot(path: int) -> None:
         mine = [(s[path], y[path]) for s, y, kept in pairs if kept[path]]
@@ -169,7 +170,7 @@ def _paths(density: Evaluations, x: Array, noise: Array) -> list[list[tuple[floa
         x, value, score = moved, new_value, new_score
         ends = alive & ~(gained > 1e-9 * np.maximum(1.0, 1e-4 * np.abs(value)))
         alive &= ~ends
-        for path in np.flatnonzero(ends | (alive & (step in _SNAPSHOTS or step == _MAX_STEPS))):
+        for path in np.flatnonzero(ends | (alive & (step in _SNAPSHOTS or step == _MAX_STEPS))).tolist():
             snapshot(path)
         if not alive.any():
             break

@@ -39,7 +39,7 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites whose support is
+    `precondition` puts a normal approximation there, which ill-conditioned posteriors need. Sites whose support is
     `constraints.circular`, such as those of `VonMises`, get coordinates on the circle. It works wherever
     NumPyro's own continuous guides do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`.
 
@@ -50,6 +50,9 @@ class AutoFlow(FlatGuide):
         prefix: Prefix of the guide's own sites; give two guides of one program different ones.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start.
+
+    Attributes:
+        preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
 
     Raises:
         UnknownFlowError: no recipe has this name.
@@ -96,8 +99,8 @@ class AutoFlow(FlatGuide):
         return f"{self.prefix}_flow"
 
     def _variables(self, key: Array) -> dict[str, Any]:
-        start = self.preconditioned
-        start = (self._init_latent, self._init_scale * np.eye(self.latent_dim)) if start is None else start[:2]
+        found = self.preconditioned
+        start = (self._init_latent, self._init_scale * np.eye(self.latent_dim)) if found is None else found[:2]
         loc, scale_tril = (jnp.asarray(a, self._init_latent.dtype) for a in start)
         return place(self._flow, self._flow.init(key, like=loc), loc, scale_tril)
 

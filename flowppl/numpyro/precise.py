@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
 from flowppl.numpyro.density import LogDensity
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:  # before jax 0.8
-    from jax.experimental import enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
 
 
 def value_and_score(density: LogDensity, rows: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -35,7 +33,9 @@ def value_and_score(density: LogDensity, rows: int) -> Callable[[np.ndarray], tu
         with enable_x64(precise or jax.config.jax_enable_x64):
             dtype = np.float64 if precise else start.dtype
             blocks = [function(jnp.asarray(b, dtype)) for b in np.split(padded, len(padded) // rows)]
-            values, scores = (np.concatenate([np.asarray(a, np.float64) for a in part]) for part in zip(*blocks, strict=True))
+            values, scores = (
+                np.concatenate([np.asarray(a, np.float64) for a in part]) for part in zip(*blocks, strict=True)
+            )
         return values[: len(points)], scores[: len(points)]
 
     try:

@@ -36,7 +36,7 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites with a `VonMises` or
+    `precondition` puts a normal approximation there, which ill-conditioned posteriors need. Sites with a `VonMises` or
     `SineBivariateVonMises` distribution get coordinates on the circle. It works wherever Pyro's own continuous guides
     do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`. Discrete sites that `config_enumerate` marks
     are left to TraceEnum_ELBO.
@@ -47,6 +47,9 @@ class AutoFlow(FlatGuide):
         gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start, in unconstrained space.
+
+    Attributes:
+        preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
 
     Raises:
         UnknownFlowError: no recipe has this name.

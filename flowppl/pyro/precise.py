@@ -29,7 +29,7 @@ def value_and_score(
     """
     try:
         with _default(torch.float64):
-            return _evaluator(model, *_widen((args, kwargs)), rng, init_loc_fn, torch.float64)
+            return _evaluator(model, _widen(args), _widen(kwargs), rng, init_loc_fn, torch.float64)
     except Exception:  # anything may happen; what is wrong in float32 too is raised there
         return _evaluator(model, args, kwargs, rng, init_loc_fn, torch.get_default_dtype())
 
