@@ -142,8 +142,8 @@ def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diag
     """Climbs the ELBO over all normals by damped natural-gradient steps, on common draws.
 
     With x = loc + root z: loc += root P^-1 E[root^T score] and root <- root P^-1/2, where P = -E[z (root^T score)^T] is the
-    expected negative Hessian in whitened coordinates, by Stein's identity. Draws that are orthogonal, with their negatives
-    among them, make the step exact for a normal density. Opper & Archambeau 2009, "The variational Gaussian approximation revisited".
+    expected negative Hessian in whitened coordinates, by Stein's identity. Draws in orthogonal frames, with their negatives, make
+    the step exact for a normal density. Opper & Archambeau 2009, "The variational Gaussian approximation revisited".
 
     Args:
         density: The density.

@@ -13,7 +13,7 @@ from flowppl.laplace import Evaluations, NormalApproximation, Root, antithetic, 
 
 Array = np.ndarray
 NUM_PATHS = 8
-_SPREADS = (2.0, 2.0, 10.0, 0.1)  # half-widths of the starts, in turn; 2 is Stan's
+_SPREADS = (2.0, 5.0, 10.0, 30.0)  # half-widths of the starts, in turn; 2 is Stan's
 _ROUNDS = 16  # of starts, until as many as there are paths have a density
 _MAX_STEPS = 300
 _MAX_TRIALS = 20  # of a line search
@@ -63,6 +63,28 @@ def pathfinder(
     return _best(density, found, antithetic(rng, _FINAL_DRAWS, start.size, dense))
 
 
+def one_turn(value_and_score: Callable[[Array], tuple[Array, Array]], angles: Array, centre: Array) -> Callable:
+    """The density with each angle counted once, where it is periodic on the whole line: there, any normal gains by growing.
+
+    The window s(u + pi) - s(u - pi) = sinh(pi) / (cosh(u) + cosh(pi)), s the logistic function, adds up to one over all turns.
+
+    Args:
+        value_and_score: As for `pathfinder`.
+        angles: Which coordinates are angles, `(d,)`.
+        centre: The middle of the turn, `(d,)`.
+    """
+
+    def evaluate(points: Array) -> tuple[Array, Array]:
+        values, scores = value_and_score(points)
+        u = np.where(angles, points - centre, 0.0)
+        small = np.exp(-np.abs(u))
+        sums = (1 + small**2) / 2 + np.cosh(np.pi) * small  # exp(-|u|) (cosh(u) + cosh(pi)), which does not overflow
+        window = np.log(np.sinh(np.pi)) - np.abs(u) - np.log(sums)
+        return values + window @ angles, scores - np.sign(u) * (1 - small**2) / (2 * sums)
+
+    return evaluate
+
+
 def _best(density: Evaluations, normals: list[Root], noise: Array) -> NormalApproximation:
     """The best of a few by fresh draws."""
     for shrink in 0.1 ** np.arange(8):  # no normal fits a density that ends, but the draws of a small one stay inside
@@ -82,8 +104,9 @@ def _starts(density: Evaluations, start: Array, rng: np.random.Generator) -> Arr
     """The start and points around it and around zero, as far as the density is finite there: `(NUM_PATHS, d)`."""
     points = np.empty((0, start.size))
     for k in range(_ROUNDS):
-        spread: Array = np.resize(_SPREADS, (NUM_PATHS, 1))
-        trial = start * (k % 2 == 0) + spread * rng.uniform(-1, 1, (NUM_PATHS, start.size))
+        spread: Array = np.resize(_SPREADS, (NUM_PATHS // 2, 1)) * 0.5 ** (k // 2)
+        half = spread * rng.uniform(-1, 1, (NUM_PATHS // 2, start.size))
+        trial = start * (k % 2 == 0) + np.concatenate([half, -half])  # opposite points seldom share a basin
         if k == 0:
             trial[0] = start
         points = np.concatenate([points, trial[np.isfinite(density(trial)[0])]])

@@ -21,7 +21,7 @@ from flowppl.flows.flow import part_of
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives import check_gradient
-from flowppl.pathfinder import pathfinder
+from flowppl.pathfinder import one_turn, pathfinder
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
@@ -90,10 +90,14 @@ class AutoFlow(FlatGuide):
 
     def _setup_flow(self) -> None:
         loc = self._layout.start
-        angles = [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
-        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, angles, boxed=False))
+        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, self._angles, boxed=False))
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         self.flow_parameters = FlowParameters(place(self._flow, self._flow.init(None, loc), loc, scale_tril))
+
+    @property
+    def _angles(self) -> list[bool]:
+        """Whether each site is one of angles."""
+        return [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
 
     def _variables(self) -> dict[str, Any]:
         if self.prototype_trace is None:
@@ -160,7 +164,8 @@ class AutoFlow(FlatGuide):
         model, init_loc_fn = self._require_source()
         density = value_and_score(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
         seed = int(torch.randint(2**62, (), generator=rng, device=None if rng is None else rng.device))
-        self.preconditioned = pathfinder(density, start.double().cpu().numpy(), seed)
+        at = start.double().cpu().numpy()
+        self.preconditioned = pathfinder(one_turn(density, np.repeat(self._angles, self._layout.sizes), at), at, seed)
         loc, scale_tril = (torch.as_tensor(a).to(start) for a in self.preconditioned[:2])
         self._assign(place(self._flow, self._variables(), loc, scale_tril))
         return self

@@ -110,14 +110,14 @@ def test_a_model_in_float32_is_evaluated_in_float64():
     year = np.arange(1990.0, 2010.0)
     y = np.float32(0.25 * (year - 2000.0))
     design = np.column_stack([np.ones(20), year])
-    precision = design.T @ design / np.float64(np.float32(0.01)) ** 2 + np.diag([1e-12, 1e-6])
+    precision = design.T @ design / 0.01**2 + np.diag([1e-12, 1e-6])
     with jax.enable_x64(False):
         guide = AutoFlow(trend, "affine")
         params = guide.precondition(KEY, jnp.asarray(year), jnp.asarray(y))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     whitened = np.linalg.cholesky(precision).T @ guide.preconditioned.scale_tril
     np.testing.assert_allclose(whitened @ whitened.T, np.eye(2), atol=1e-3)
-    away = guide.preconditioned.loc - np.linalg.solve(precision, design.T @ y / np.float64(np.float32(0.01)) ** 2)
+    away = guide.preconditioned.loc - np.linalg.solve(precision, design.T @ y / 0.01**2)
     assert away @ precision @ away < 1e-4
 
 
