@@ -80,6 +80,8 @@ def test_float32_evaluations_suffice_for_a_tame_density():
 
     of_loc, of_covariance = errors(pathfinder(rounded, np.zeros(6)), loc, root)
     assert of_loc < 1e-3 and of_covariance < 1e-3
+    alone = newton(Evaluations(rounded), Root(np.zeros(6), np.eye(6)), antithetic(rng, 32, 6)).scale_tril()
+    np.testing.assert_allclose(alone, root, atol=1e-3)
 
 
 def test_an_improper_direction_stays_finite():
