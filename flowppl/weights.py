@@ -102,9 +102,10 @@ def _fit_pareto(x: np.ndarray) -> tuple[float, float]:
     n, grid = x.size, 30 + int(math.sqrt(x.size))
     b = 1 / x[-1] + (1 - np.sqrt(grid / (np.arange(grid) + 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])
     k = np.log1p(-b[:, None] * x).mean(1)
-    b = float(normalize(n * (np.log(-b / k) - k - 1)) @ b)
+    rate = np.divide(-b, k, out=np.full_like(b, 1 / x.mean()), where=k != 0)  # 1 / sigma; b = 0 is an exponential tail
+    b = float(normalize(n * (np.log(rate) - k - 1)) @ b)
     k = float(np.log1p(-b * x).mean())
-    return (n * k + 5) / (n + 10), -k / b
+    return (n * k + 5) / (n + 10), -k / b if b else float(x.mean())
 
 
 def _revive(log_w: Array, axis: int) -> tuple[Array, Array]:

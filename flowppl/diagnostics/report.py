@@ -1,0 +1,1 @@
+def report(v): return v.verdict + "\n  " + "\n  ".join(v.reasons)
