@@ -26,8 +26,8 @@ class Evidence(NamedTuple):
 
     @property
     def reliable(self) -> bool:
-        """Whether the tail of the weights allows to reweight."""
-        return self.khat <= self.khat_limit
+        """Whether the tail of the weights allows to reweight; that of weights which differ by rounding does not matter."""
+        return self.khat <= self.khat_limit or 0 < self.weight.max() * self.weight.size < 1.05
 
 
 def evidence(log_w: Array) -> Evidence:

@@ -14,6 +14,11 @@ Array = np.ndarray
 Density = Callable[[Array], tuple[Array, Array]]
 _TRANSITIONS = 30
 _TRAJECTORY = math.pi / 2  # forgets the start of a normal target, in units of its sds
+_SHARES = (
+    1.0,
+    0.3,
+    0.1,
+)  # of the step size, at random: short steps enter what is narrower than the draws, as a funnel's neck is
 _MAX_STEPS = 32
 _FLIPS = 1999
 
@@ -31,17 +36,19 @@ class Drift(NamedTuple):
     persistence: Array  # how much of a start's offset is left in the second half: 0 forgotten, 1 stuck
 
 
-def drift(value_and_score: Density, starts: Array, groups: Array, loc: Array, scale_tril: Array, rng: np.random.Generator) -> Drift:
+def drift(
+    value_and_score: Density, starts: Array, groups: Array, loc: Array, scale_tril: Array, rng: np.random.Generator
+) -> Drift:
     """Runs one HMC chain from each start and compares where they end with where they began.
 
-    If the starts are independent draws of the target, (start, end) and (end, start) are alike, since HMC is reversible. So the change
-    of any function is symmetric about zero, and flipping the signs of whole chains at random gives the exact null distribution of
-    sum_j t_j^2 and max_j t_j^2, in any dimension and for any tails. Here t_j runs over the whitened coordinates z_j, their |z_j| and
-    log p, and t_j^2 = (sum_i D_ij)^2 / sum_i D_ij^2 for the changes D. The p-value is twice the smaller of the two.
+    If the starts are independent draws of the target, (start, end) and (end, start) are alike, since HMC is reversible. So the
+    change of any function is symmetric about zero, and flipping the signs of whole chains at random gives the exact null
+    distribution of sum_j t_j^2 and of max_j t_j^2, in any dimension and for any tails. Here t_j^2 = (sum_i D_ij)^2 / sum_i D_ij^2
+    for the changes D in the whitened coordinates z_j, their |z_j| and log p. The p-value is twice the smaller of the two.
 
-    The target's mean follows from the straight line E[second half | start] = alpha + beta (start - loc): its fixed point is
-    loc + alpha / (1 - beta), where alpha is measured from loc. The chains look only near their starts: modes that none of them reaches
-    stay unseen, and slow directions show as a beta near one and a large error.
+    The target's mean follows from the straight line E[second half | start] = alpha + beta (start - loc), alpha from loc: its fixed
+    point is loc + alpha / (1 - beta). The chains look only near their starts: modes that none of them reaches stay unseen, and slow
+    directions show as a beta near one and a large error.
 
     Args:
         value_and_score: Maps points `(m, d)` to log densities `(m,)` and gradients `(m, d)`, in float64.
@@ -57,26 +64,33 @@ def drift(value_and_score: Density, starts: Array, groups: Array, loc: Array, sc
 
     def density(z: Array) -> tuple[Array, Array]:
         value, score = (np.asarray(a, np.float64) for a in value_and_score(loc + z @ scale_tril.T))
-        if value.shape != z.shape[:1] or score.shape != z.shape:
+        expected = z.shape[:1], z.shape
+        if (value.shape, score.shape) != expected:
             raise DimensionError(
-                f"value_and_score got points {z.shape} and gave {value.shape} and {score.shape}: expected {z.shape[:1]} and {z.shape}"
+                f"value_and_score gave shapes {value.shape}, {score.shape} at {z.shape}: expected {expected}"
             )
         dead = ~(np.isfinite(value) & np.isfinite(score).all(1))
         return np.where(dead, -math.inf, value), np.where(dead[:, None], 0.0, score) @ scale_tril
 
     with np.errstate(over="ignore", invalid="ignore"):
-        first = _State(z := np.linalg.solve(scale_tril, (starts - loc).T).T, *density(z))
+        z = np.linalg.solve(scale_tril, (starts - loc).T).T
+        first = _State(z, *density(z))
         step_size = _find_step_size(density, first, rng)
         state, rates, second_half = first, [], []
         for i in range(_TRANSITIONS):
-            state, rate = _transition(density, state, step_size * rng.uniform(0.8, 1.2), rng)
+            state, rate = _transition(density, state, step_size * rng.choice(_SHARES) * rng.uniform(0.8, 1.2), rng)
             rates.append(rate)
             if 2 * i >= _TRANSITIONS:
                 second_half.append(loc + state.z @ scale_tril.T)
 
     alive = first.value > -math.inf
     change = np.concatenate(
-        [state.z - first.z, np.abs(state.z) - np.abs(first.z), np.where(alive, state.value - first.value, 0.0)[:, None]], axis=1
+        [
+            state.z - first.z,
+            np.abs(state.z) - np.abs(first.z),
+            np.where(alive, state.value - first.value, 0.0)[:, None],
+        ],
+        axis=1,
     )
     mean, error, slope = _fixed_point(starts - loc, np.mean(second_half, 0) - loc)
     return Drift(
@@ -110,7 +124,11 @@ def _transition(density: Density, start: _State, step_size: float, rng: np.rando
     log_ratio = value - start.value - ((p * p).sum(1) - (momentum * momentum).sum(1)) / 2
     rate = np.exp(np.minimum(np.where(np.isnan(log_ratio), -math.inf, log_ratio), 0.0))
     accept = rng.random(rate.shape) < rate
-    moved = np.where(accept[:, None], z, start.z), np.where(accept, value, start.value), np.where(accept[:, None], score, start.score)
+    moved = (
+        np.where(accept[:, None], z, start.z),
+        np.where(accept, value, start.value),
+        np.where(accept[:, None], score, start.score),
+    )
     return _State(*moved), float(rate.mean())
 
 
