@@ -10,6 +10,7 @@ import numpy as np
 from flowppl import weights
 
 Array = np.ndarray
+TINY = 1e-150  # in place of sds that vanish: squares of it do not
 
 
 class Evidence(NamedTuple):
@@ -17,33 +18,35 @@ class Evidence(NamedTuple):
 
     elbo: float
     elbo_error: float
-    log_evidence: float  # by the smoothed weights
+    log_evidence: float
     log_evidence_error: float
     ess: float
     khat: float
     khat_limit: float
-    weight: Array  # (n,), smoothed and summing to one; zeros if no draw counts
-
-    @property
-    def reliable(self) -> bool:
-        """Whether the tail of the weights allows to reweight; that of weights which differ by rounding does not matter."""
-        return self.khat <= self.khat_limit or 0 < self.weight.max() * self.weight.size < 1.05
+    reliable: bool  # whether the tail of the weights allows to reweight
+    weight: Array  # (n,), summing to one, smoothed if reliable; zeros if no draw counts
 
 
 def evidence(log_w: Array) -> Evidence:
     """ELBO, log evidence, effective sample size and k-hat of log-weights `(n,)` of which some may be -inf."""
     n = log_w.size
+    limit = weights.psis_limit(n)
     smooth, khat = weights.psis(log_w)
-    weight = weights.normalize(smooth)
+    # The tail of weights that differ little more than by rounding does not matter.
+    reliable = khat <= limit or 0 < n * weights.normalize(log_w).max() < 1.05
+    # Beyond its limit the fit may smooth away just the few weights that count.
+    used = smooth if reliable else log_w
+    weight = weights.normalize(used)
     finite = bool(np.isfinite(log_w).all())
     return Evidence(
         elbo=float(log_w.mean()),
         elbo_error=float(log_w.std(ddof=1)) / math.sqrt(n) if finite else math.inf,
-        log_evidence=float(weights.log_mean_exp(smooth)),
+        log_evidence=float(weights.log_mean_exp(used)),
         log_evidence_error=float((n * weight).std(ddof=1)) / math.sqrt(n) if weight.any() else math.inf,
-        ess=float(weights.ess(smooth)),
+        ess=float(weights.ess(used)),
         khat=khat,
-        khat_limit=weights.psis_limit(n),
+        khat_limit=limit,
+        reliable=bool(reliable),
         weight=weight,
     )
 
@@ -70,8 +73,8 @@ def reweighting(x: Array, weight: Array) -> Reweighting:
     mean, mean_w = x.mean(0), weight @ x
     square, square_w = (x - mean) ** 2, (x - mean_w) ** 2
     sd, sd_w = np.sqrt(square.mean(0)), np.sqrt(weight @ square_w)
-    tiny = np.finfo(np.float64).tiny
-    unit, safe, safe_w = np.maximum(np.minimum(sd, sd_w), tiny), np.maximum(sd, tiny), np.maximum(sd_w, tiny)
+    safe, safe_w = np.maximum(sd, TINY), np.maximum(sd_w, TINY)
+    unit = np.minimum(safe, safe_w)
     low, high = np.quantile(x, [0.05, 0.95], axis=0)
     tails = [(x < low).astype(np.float64), (x > high).astype(np.float64)]
     masses = [(t.mean(0), weight @ t) for t in tails]
@@ -117,7 +120,7 @@ def restart(own: Evidence, own_x: Array, other: Evidence, other_x: Array) -> Res
         w = e.weight if e.reliable else np.full(len(x), 1 / len(x))
         means.append(w @ x)
         errors.append(_root_sum(w[:, None] * (x - means[-1])))
-    unit = np.maximum(own_x.std(0), np.finfo(np.float64).tiny)
+    unit = np.maximum(own_x.std(0), TINY)
     share = 1.0
     if own.reliable and other.reliable:
         error = math.hypot(own.log_evidence_error, other.log_evidence_error)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
-from flowppl.diagnostics.compare import Evidence, Restart, Reweighting
+from flowppl.diagnostics.compare import TINY, Evidence, Restart, Reweighting
 from flowppl.diagnostics.hmc import Drift
 
 Array = np.ndarray
@@ -49,8 +49,8 @@ def judge(
     """
     z = -float(ndtri(_ALARMS / 2 / len(names)))
     unit = _unit(own, table, hmc)
-    blur = z * table.mean_reweighted_error / unit
-    by_weights = np.abs(table.mean - table.mean_reweighted) / unit
+    blur = _known(z * table.mean_reweighted_error / unit)
+    by_weights = _known(np.abs(table.mean - table.mean_reweighted) / unit)
     bound = by_weights + blur
     raw: list[str] = []
     weighted: list[str] = []
@@ -61,13 +61,11 @@ def judge(
     if not own.weight.any():
         both.append("the model has no density at any draw")
     elif not own.reliable:
-        limit = f"weights are reliable up to {own.khat_limit:.2f}" + (
-            ", and have no mean above 1" if own.khat > 1 else ""
-        )
-        (both if own.khat > 1 else weighted).append(f"k-hat is {own.khat:.2f}: {limit}")
-    if blur.max() > _TOLERANCE:
+        what = "the weights have no mean" if own.khat > 1 else f"weights are reliable up to {own.khat_limit:.2f}"
+        (both if own.khat > 1 else weighted).append(f"k-hat is {own.khat:.2f}: {what}")
+    elif blur.max() > _TOLERANCE:
         j = int(blur.argmax())
-        weighted.append(f"the reweighted mean of {names[j]} is sure up to {blur[j]:.2f} sds only")
+        weighted.append(f"the reweighted mean of {names[j]} is unsure by {blur[j]:.2f} sds")
     if bound.max() > _TOLERANCE:
         raw.append(_off("by the weights", names, by_weights, bound))
     if own.reliable:
@@ -77,19 +75,16 @@ def judge(
         raw.append("there is no HMC check, which looks where the guide does not draw")
     else:
         d = hmc.mean.size
-        for what, mean, error, case in (
-            ("raw", table.mean[:d], 0.0, raw),
-            ("reweighted", table.mean_reweighted[:d], table.mean_reweighted_error[:d], weighted),
-        ):
-            gap = np.abs(mean - hmc.mean) / unit[:d]
-            spread = z * np.hypot(hmc.mean_error, error) / unit[:d]
-            if what == "raw":  # has to be shown right; the reweighted one, not to be shown wrong
-                bound[:d] = np.maximum(bound[:d], gap + spread)
-                if (gap + spread).max() > _TOLERANCE:
-                    case.append(_off("by HMC", names, gap, gap + spread))
-            elif np.any(wrong := (gap > spread) & (gap > _TOLERANCE)):
-                j = int(np.where(wrong, gap, 0).argmax())
-                case.append(f"HMC takes the reweighted mean of {names[j]} {gap[j]:.2f} sds away")
+        gap = _known(np.abs(table.mean[:d] - hmc.mean) / unit[:d])
+        reach = _known(gap + z * hmc.mean_error / unit[:d])
+        bound[:d] = np.maximum(bound[:d], reach)
+        if reach.max() > _TOLERANCE:
+            raw.append(_off("by HMC", names, gap, reach))
+        # Raw means have to be shown right, reweighted ones not to be shown wrong.
+        gap = np.abs(table.mean_reweighted[:d] - hmc.mean) / unit[:d]
+        gap = np.where(gap > z * np.hypot(hmc.mean_error, table.mean_reweighted_error[:d]) / unit[:d], gap, 0.0)
+        if gap.max() > _TOLERANCE:
+            weighted.append(f"HMC takes the reweighted mean of {names[int(gap.argmax())]} {gap.max():.2f} sds away")
         if hmc.pvalue < _DRIFT_ALARM:
             what = "reweighted" if own.reliable else "raw"
             both.append(f"HMC carries {what} draws away: p = {hmc.pvalue:.1g}, log p {hmc.log_density:+.2g} on average")
@@ -108,12 +103,17 @@ def judge(
     return Judgement(verdict, tuple(reasons), _advice(verdict, undefined, own, hmc, runs, z, float(blur.max())), bound)
 
 
+def _known(sds: Array) -> Array:
+    """What overflowed counts as infinitely wrong."""
+    return np.where(np.isnan(sds), np.inf, sds)
+
+
 def _unit(own: Evidence, table: Reweighting, hmc: Drift | None) -> Array:
     """The posterior's sds: the smallest of those at hand, so that errors look large rather than small."""
     unit = np.minimum(table.sd, table.sd_reweighted) if own.reliable else table.sd.copy()
     if hmc:
         unit[: hmc.sd.size] = np.minimum(unit[: hmc.sd.size], hmc.sd)
-    return np.maximum(unit, np.finfo(np.float64).tiny)
+    return np.maximum(unit, TINY)
 
 
 def _against_shape(names: Sequence[str], z: float, table: Reweighting) -> list[str]:

@@ -31,7 +31,7 @@ class Verdict:
         names: The coordinates, `d` unconstrained ones first, then the constrained ones that differ from them.
         num_draws: How many draws there were.
         num_undefined: How many of them were left out: not finite, or of weight NaN or inf.
-        evidence: ELBO, log evidence, effective sample size, k-hat and smoothed weights.
+        evidence: ELBO, log evidence, effective sample size, k-hat and weights, smoothed where k-hat allows.
         reweighting: What reweighting changes in each coordinate of `names`.
         drift: The HMC check, over the first `d` of the names; None if it could not run.
         restarts: The other runs beside this one.
@@ -107,25 +107,52 @@ def diagnose(
         >>> result.verdict
         'good'
     """
-    x, log_w, defined = _defined("draws", draws, log_weights)
-    dim = x.shape[1]
-    others = [_defined(f"restarts[{i}]", *pair, dim=dim)[:2] for i, pair in enumerate(restarts)]
-    names, wide = _columns(names, draws.shape[1], x, constrained or {}, defined)
-    rng = np.random.default_rng(seed)
+    labels, wide = _columns(np.asarray(draws, np.float64), names, constrained or {})
+    wide, log_w = _defined("draws", wide, log_weights)
+    x = wide[:, : np.shape(draws)[1]]
     own = evidence(log_w)
     table = reweighting(wide, own.weight if own.weight.any() else np.full(len(x), 1 / len(x)))
-    hmc = _drift(value_and_score, x, log_w, own, rng) if value_and_score and own.weight.any() else None
-    runs = tuple(restart(own, x, evidence(w), y) for y, w in others)
-    undefined = len(defined) - len(x)
-    judgement = judge(names, undefined / len(defined), own, table, hmc, runs)
-    return Verdict(*judgement, names, len(defined), undefined, own, table, hmc, runs)
+    hmc = None
+    if value_and_score and own.weight.any():
+        hmc = _drift(value_and_score, x, log_w, own, np.random.default_rng(seed))
+    runs = []
+    for i, (y, w) in enumerate(restarts):
+        y, w = _defined(f"restarts[{i}]", y, w, dim=x.shape[1])
+        runs.append(restart(own, x, evidence(w), y))
+    n, undefined = len(draws), len(draws) - len(x)
+    judgement = judge(labels, undefined / n, own, table, hmc, runs)
+    return Verdict(*judgement, labels, n, undefined, own, table, hmc, tuple(runs))
 
 
-def _defined(what: str, draws: Array, log_w: Array, dim: int | None = None) -> tuple[Array, Array, Array]:
-    """The draws and log-weights that are defined, in float64, and a mask of them."""
+def _columns(draws: Array, names: Sequence[str] | None, sites: Mapping[str, Array]) -> tuple[tuple[str, ...], Array]:
+    """Names and columns `(n, ...)`: the unconstrained coordinates, then those of the sites that vary and differ from them."""
+    if draws.ndim != 2 or 0 in draws.shape:
+        raise DimensionError(f"draws has shape {draws.shape}: expected (n, d)")
+    labels = [f"x[{i}]" for i in range(draws.shape[1])] if names is None else list(names)
+    if len(labels) != draws.shape[1]:
+        raise DimensionError(
+            f"names has length {len(labels)}: expected {draws.shape[1]}, one for each coordinate of the draws"
+        )
+    columns = list(draws.T)
+    seen = {c.tobytes() for c in columns}
+    for site, values in sites.items():
+        values = np.asarray(values, np.float64)
+        if values.shape[:1] != draws.shape[:1]:
+            raise DimensionError(f"constrained[{site!r}] has shape {values.shape}: expected ({len(draws)}, ...)")
+        for index in np.ndindex(values.shape[1:]):
+            column = values[(slice(None), *index)]
+            # Some coordinates are fixed, such as those above a triangular matrix's diagonal.
+            if np.any(column != column[0]) and column.tobytes() not in seen:
+                columns.append(column)
+                labels.append(site + (f"[{', '.join(map(str, index))}]" if index else ""))
+    return tuple(labels), np.stack(columns, 1)
+
+
+def _defined(what: str, draws: Array, log_w: Array, dim: int | None = None) -> tuple[Array, Array]:
+    """The draws that are finite and have a log-weight, and their log-weights, in float64."""
     draws, log_w = np.asarray(draws, np.float64), np.asarray(log_w, np.float64)
-    if draws.ndim != 2 or 0 in draws.shape or (dim is not None and draws.shape[1] != dim):
-        raise DimensionError(f"{what} has shape {draws.shape}: expected (n, {'d' if dim is None else dim})")
+    if draws.ndim != 2 or (dim is not None and draws.shape[1] != dim):
+        raise DimensionError(f"{what} has shape {draws.shape}: expected (n, {dim})")
     if log_w.shape != draws.shape[:1]:
         raise DimensionError(
             f"log-weights of {what} have shape {log_w.shape}: expected {draws.shape[:1]}, one for each draw"
@@ -133,29 +160,9 @@ def _defined(what: str, draws: Array, log_w: Array, dim: int | None = None) -> t
     defined = np.isfinite(draws).all(1) & ~np.isnan(log_w) & (log_w != np.inf)
     if defined.sum() < 2:
         raise NonFiniteError(
-            f"{what}: {defined.sum()} of {len(draws)} are finite and have a log-weight: at least two are needed"
+            f"{what}: {defined.sum()} of {len(draws)} are finite and have a log-weight: two are needed at least"
         )
-    return draws[defined], log_w[defined], defined
-
-
-def _columns(
-    names: Sequence[str] | None, dim: int, x: Array, sites: Mapping[str, Array], defined: Array
-) -> tuple[tuple[str, ...], Array]:
-    """Names and columns: the unconstrained coordinates, then those of the sites that differ from them."""
-    labels = [f"x[{i}]" for i in range(dim)] if names is None else list(names)
-    if len(labels) != dim:
-        raise DimensionError(f"names has length {len(labels)}: expected {dim}, one for each coordinate of the draws")
-    columns = list(x.T)
-    for site, values in sites.items():
-        values = np.asarray(values, np.float64)
-        if values.shape[:1] != defined.shape:
-            raise DimensionError(f"constrained[{site!r}] has shape {values.shape}: expected ({defined.size}, ...)")
-        for index in np.ndindex(values.shape[1:]):
-            column = values[(slice(None), *index)][defined]
-            if not any(np.array_equal(column, c) for c in x.T):
-                columns.append(column)
-                labels.append(site + (f"[{', '.join(map(str, index))}]" if index else ""))
-    return tuple(labels), np.stack(columns, 1)
+    return draws[defined], log_w[defined]
 
 
 def _drift(value_and_score: Density, x: Array, log_w: Array, own: Evidence, rng: np.random.Generator) -> Drift:
