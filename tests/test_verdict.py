@@ -237,6 +237,15 @@ def test_hmc_drifts_from_wrong_starts_to_the_target(loc, scale):
     assert np.all(np.abs(result.persistence) < 0.3)
 
 
+def test_hmc_extrapolates_slow_chains():
+    """A metric nine times too small: the second half of a chain is still near its start, its mean between start and target."""
+    rng = np.random.default_rng(0)
+    starts = 1.0 + rng.standard_normal((1000, 1))
+    result = drift(normal(), starts, np.arange(1000), starts.mean(0), np.diag([0.11]), rng)
+    assert 0.3 < result.persistence[0] < 0.9
+    assert abs(result.mean[0]) < 4 * result.mean_error[0] < 0.8
+
+
 def test_hmc_is_unsure_where_it_does_not_mix():
     rng, target = np.random.default_rng(0), two_modes(0.5, 12.0)
     starts = rng.standard_normal((256, 2)) + 12 * np.stack([rng.random(256) < 0.5, np.zeros(256)], 1)

@@ -14,11 +14,7 @@ Array = np.ndarray
 Density = Callable[[Array], tuple[Array, Array]]
 _TRANSITIONS = 30
 _TRAJECTORY = math.pi / 2  # forgets the start of a normal target, in units of its sds
-_SHARES = (
-    1.0,
-    0.3,
-    0.1,
-)  # of the step size, at random: short steps enter what is narrower than the draws, as a funnel's neck is
+_SHARES = (1.0, 0.3, 0.1)  # of the step size, at random: short steps enter what the draws miss, as a funnel's neck
 _MAX_STEPS = 32
 _FLIPS = 1999
 
