@@ -112,3 +112,52 @@ def test_resampling_repeats_with_its_seed(backend, f64, make_rng):
     log_w = f64(np.linspace(-1, 1, 50))
     first, again, other = (backend.to_numpy(weights.resample_multinomial(make_rng(s), log_w)) for s in (3, 3, 4))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("shape", [-0.5, 0.0, 0.3, 0.7, 1.2])
+def test_psis_finds_the_shape_of_a_generalized_pareto(shape):
+    """The tail's 900 excesses: sd (1 + shape) / 30, as by maximum likelihood, less where negative; the prior's pull is 0.01."""
+    w = stats.genpareto.rvs(shape, size=90_000, random_state=0)
+    assert abs(weights.psis(np.log(w))[1] - shape) < 4 * (1 + max(shape, 0)) / 30 + 0.01
+
+
+@pytest.mark.parametrize("n", [30, 1000, 5000])
+def test_psis_is_arviz_psislw(n):
+    arviz = pytest.importorskip("arviz", minversion="0.23", reason="arviz is not installed")
+    if not hasattr(arviz, "psislw"):
+        pytest.skip("this arviz has no psislw")
+    rng = np.random.default_rng(n)
+    for log_w in (rng.normal(size=n), 3 * rng.normal(size=n), 700 + rng.exponential(size=n), -rng.exponential(size=n)):
+        expected, k = arviz.psislw(log_w.copy(), normalize=False)
+        out, own = weights.psis(log_w)
+        np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+        assert own == pytest.approx(float(k), rel=1e-10)
+
+
+def test_psis_smooths_the_tail_only(backend, f64):
+    log_w = np.random.default_rng(0).normal(size=1000) * 3 - 1000
+    log_w[::10] = -INF
+    out, k = weights.psis(f64(log_w))
+    assert isinstance(out, np.ndarray) and k == weights.psis(log_w)[1] > 0.5
+    order = np.argsort(log_w)
+    np.testing.assert_array_equal(out[order[:-95]], log_w[order[:-95]])
+    assert (
+        np.all(np.diff(out[order[-95:]]) >= 0)
+        and out.max() <= log_w.max()
+        and np.all(out[order[-50:-1]] != log_w[order[-50:-1]])
+    )
+
+
+def test_psis_without_a_tail():
+    assert weights.psis(np.full(100, 3.0))[1] == -INF
+    assert weights.psis(np.full(100, -INF))[1] == INF
+    assert weights.psis(np.arange(10.0))[1] == INF
+    assert weights.psis(np.where(np.arange(100) < 3, 0.0, -INF))[1] == INF
+    assert weights.psis_limit(100) == pytest.approx(0.5) and weights.psis_limit(10**6) == 0.7
+
+
+def test_psis_fits_an_exponential_tail_as_a_limit():
+    """This largest excess puts a point of the fit's grid at b = 0 exactly, where the rate b / shape is 0 / 0."""
+    shape, scale = weights._fit_pareto(np.array([1.0, 1.2, 1.3, 1.4, 1.8000000000000003]))
+    nearby = weights._fit_pareto(np.array([1.0, 1.2, 1.3, 1.4, 1.80000001]))
+    assert (shape, scale) == pytest.approx(nearby, rel=1e-6)

@@ -1,5 +1,6 @@
-"""What comes after inference: exports."""
+"""What comes after inference: verdicts and exports."""
 
 from flowppl.diagnostics.arviz import inference_data
+from flowppl.diagnostics.verdict import Verdict, diagnose
 
-__all__ = ["inference_data"]
+__all__ = ["Verdict", "diagnose", "inference_data"]
