@@ -65,19 +65,20 @@ def diagnose(
 ) -> Verdict:
     """Judges whether draws of a guide q can stand for the posterior p.
 
-    No check sees everything, so "good" takes the word of two that are blind to different things:
+    "Good" means that no raw mean is off by more than 0.3 posterior sds. No check sees everything, so it takes the word of two that
+    are blind to different things:
 
     - The weights p / q see every region where q draws, however far apart, and nothing elsewhere: a q that is too narrow, or misses
-      a tail, may have even weights. They must bound the error of every mean below 0.3 posterior sds, their k-hat must not exceed
+      a tail, may have even weights. They must bound the error of every mean below 0.25 posterior sds, their k-hat must not exceed
       one, and reweighting must not change spreads and tails visibly.
     - HMC leaves the draws for where p has mass, but only as far as some thirty transitions carry it, hence not to another mode. No
-      draws may drift, and the means to which the chains tend must confirm the bound of 0.3 sds. Slow chains prove nothing.
+      draws may drift, and the means to which the chains tend must confirm the bound. Slow chains prove nothing.
     - Other runs of the fit, `restarts`, see modes that this one missed if they found them.
 
     "Usable after reweighting" takes a reliable k-hat, reweighted means that are precise, and no drift of reweighted draws; where
     HMC is slow, it leans on the weights alone. Under an exact q, about 1 % of the calls raise a false alarm of drift and 0.1 % one
-    of reweighting; but where HMC is slow, as between modes or in a strong funnel, "usable" is the best verdict, and bounds of 0.3
-    sds take about 1000 draws.
+    of reweighting; but where HMC is slow, as between modes or in a strong funnel, "usable" is the best verdict, and such
+    bounds take about 1000 draws.
 
     Not seen by any check: a mode, far from all draws, that no run has found. Everything can then look perfect.
 
