@@ -51,6 +51,7 @@ def registered(monkeypatch):
 OBSERVED = np.array([1.0, 2.0, 1.5])
 
 
+@pytest.mark.slow
 def test_in_numpyro() -> None:
     numpyro = pytest.importorskip("numpyro")
     import jax
@@ -97,6 +98,7 @@ def test_in_numpyro() -> None:
     assert FlowDistribution(flow, flow.init(jax.random.key(0))).log_prob(jnp.zeros((3, 2))).shape == (3,)
 
 
+@pytest.mark.slow
 def test_in_pyro() -> None:
     pyro = pytest.importorskip("pyro")
     import pyro.distributions as dist

@@ -28,6 +28,7 @@ def test_readme(front: str, tmp_path: Path) -> None:
     _run(script, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 def test_getting_started(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)

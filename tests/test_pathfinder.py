@@ -7,6 +7,8 @@ from flowppl.errors import NonFiniteError
 from flowppl.laplace import Evaluations, Root, antithetic, newton
 from flowppl.pathfinder import one_turn, pathfinder
 
+pytestmark = pytest.mark.slow  # numpy alone: once is enough
+
 
 def normal(loc, root):
     """Log density, up to a constant, and score of N(loc, root root^T)."""

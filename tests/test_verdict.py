@@ -9,6 +9,8 @@ from flowppl.diagnostics import diagnose
 from flowppl.diagnostics.hmc import drift
 from flowppl.errors import DimensionError, NonFiniteError
 
+pytestmark = pytest.mark.slow  # numpy alone: once is enough
+
 INF = np.inf
 N = 2000
 
