@@ -15,7 +15,7 @@ from flowppl import tree
 from flowppl.backend import backend_of, backend_of_rng, get_backend
 from flowppl.backend.protocol import Backend
 from flowppl.bijections import watch_solves
-from flowppl.bijections.solves import fixed_point
+from flowppl.bijections.solves import fixed_point, iterate
 
 EVERYWHERE = pytest.mark.parametrize("backend", ["torch", "jax", "numpy"], indirect=True, scope="session")
 
@@ -427,6 +427,17 @@ def test_fixed_points_can_be_watched(f64, backend):
     (_, steps, residual, unsolved), short = solves
     assert steps in (10, 11) and residual <= 1e-3 and unsolved == 0
     assert short.steps == 4 and short.unsolved == 1 and short.residual > 1e-3
+
+
+@pytest.mark.parametrize(("max_steps", "unsolved"), [(2, 2), (3, 0)])
+def test_a_triangular_map_is_solved_by_as_many_sweeps_as_numbers(f64, backend, max_steps, unsolved):
+    """0, 0, 0; 1, 1, 1; 1, 6, 8; 1, 6, 43: the last sweep still changes a number, and makes it exact."""
+    lower = f64([[0.0, 0.0, 0.0], [5.0, 0.0, 0.0], [0.0, 7.0, 0.0]])
+    sweep = lambda x: lower @ x + 1
+    with watch_solves() as solves:
+        x = iterate(sweep, f64([0.0, 0.0, 0.0]), max_steps=max_steps, tol=1e-9, method="jacobi", exact=max_steps == 3)
+    assert [(s.steps, s.unsolved) for s in solves] == [(max_steps, unsolved)] and solves[0].residual > 1e-9
+    assert bool((backend.to_numpy(x) == [1.0, 6.0, 43.0]).all()) == (max_steps == 3)
 
 
 def linear_oracle(w, b):
