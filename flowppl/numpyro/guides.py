@@ -12,22 +12,24 @@ import numpy as np
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
-from numpyro.infer.initialization import init_to_median
+from numpyro.infer.initialization import init_to_median, init_to_uniform
 
 from flowppl import flows
-from flowppl.errors import DimensionError, FlowFileError
+from flowppl.errors import DimensionError, FlowFileError, NonFiniteError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.registry import over_latents
-from flowppl.laplace import laplace
+from flowppl.laplace import NormalApproximation
 from flowppl.numpyro.bases import FlowBase
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.flat_guide import FlatGuide
 from flowppl.numpyro.modules import as_params, register
+from flowppl.numpyro.precise import value_and_score
 from flowppl.numpyro.sites import is_angle
 from flowppl.objectives import check_gradient
+from flowppl.pathfinder import NUM_PATHS, pathfinder
 
 Array = Any
 _QUANTILE_DRAWS = 10_000
@@ -37,7 +39,7 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites whose support is
+    `precondition` puts a normal approximation there, which ill-conditioned posteriors need. Sites whose support is
     `constraints.circular`, such as those of `VonMises`, get coordinates on the circle. It works wherever
     NumPyro's own continuous guides do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`.
 
@@ -48,6 +50,9 @@ class AutoFlow(FlatGuide):
         prefix: Prefix of the guide's own sites; give two guides of one program different ones.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start.
+
+    Attributes:
+        preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
 
     Raises:
         UnknownFlowError: no recipe has this name.
@@ -82,19 +87,21 @@ class AutoFlow(FlatGuide):
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         flows.get(flow)  # an unknown name is an error here, not at the first step
         self._choice, self._gradient, self._init_scale = flow, check_gradient(gradient), init_scale
+        self.preconditioned: NormalApproximation | None = None
         super().__init__(model, prefix, init_loc_fn)
 
     def _setup_flow(self) -> None:
         angles = [is_angle(self.prototype_trace[name]["fn"]) for name in self._layout.names]
         self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, angles, boxed=True))
-        self._start_at = self._init_latent, self._init_scale * np.eye(self.latent_dim)
 
     @property
     def _flow_name(self) -> str:
         return f"{self.prefix}_flow"
 
     def _variables(self, key: Array) -> dict[str, Any]:
-        loc, scale_tril = (jnp.asarray(a, self._init_latent.dtype) for a in self._start_at)
+        found = self.preconditioned
+        start = (self._init_latent, self._init_scale * np.eye(self.latent_dim)) if found is None else found[:2]
+        loc, scale_tril = (jnp.asarray(a, self._init_latent.dtype) for a in start)
         return place(self._flow, self._flow.init(key, like=loc), loc, scale_tril)
 
     def _get_posterior(self) -> FlowDistribution:
@@ -111,7 +118,9 @@ class AutoFlow(FlatGuide):
         return handlers.substitute(self._get_posterior, params)()
 
     def precondition(self, rng: Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Finds a Laplace approximation and returns parameters that start there.
+        """Finds a normal approximation and returns parameters that start there; it stays in `guide.preconditioned`.
+
+        Multi-path Pathfinder, polished by Newton and ELBO steps; the model is evaluated in float64 where it allows it.
 
         Args:
             rng: A key.
@@ -122,18 +131,16 @@ class AutoFlow(FlatGuide):
             Parameters for `svi.run(..., init_params=...)` or `svi.init(..., init_params=...)`.
 
         Raises:
-            NonFiniteError: the model's log density or gradient at the start is not finite.
+            NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
-        self._setup(rng, args, kwargs)
+        try:
+            self._setup(rng, args, kwargs)
+        except NonFiniteError:
+            self.init_loc_fn = init_to_uniform  # other starts may have a density
+            self._setup(rng, args, kwargs)
         density = LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn)
-        dtype = self._init_latent.dtype
-        value_and_score = jax.jit(density.value_and_score)
-        hessian = jax.jit(jax.hessian(lambda u: density.log_prob(u[None])[0]))
-
-        def in_float64(function: Callable) -> Callable:
-            return lambda u: jax.tree.map(lambda a: np.asarray(a, np.float64), function(jnp.asarray(u, dtype)))
-
-        self._start_at = laplace(in_float64(value_and_score), in_float64(hessian), np.asarray(self._init_latent))
+        seed = np.asarray(jax.random.bits(rng, (4,)))
+        self.preconditioned = pathfinder(value_and_score(density, NUM_PATHS), np.asarray(self._init_latent), seed)
         return as_params(self._flow_name, self._variables(rng))
 
     def median(self, params: dict[str, Any]) -> dict[str, Array]:

@@ -19,13 +19,14 @@ from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import centred, place, with_affine_end
 from flowppl.flows.flow import part_of
 from flowppl.flows.registry import over_latents
-from flowppl.laplace import laplace
+from flowppl.laplace import NormalApproximation
 from flowppl.objectives import check_gradient
+from flowppl.pathfinder import one_turn, pathfinder
 from flowppl.pyro.bases import FlowBase
-from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
+from flowppl.pyro.precise import value_and_score
 from flowppl.pyro.sites import is_angle
 
 _QUANTILE_DRAWS = 10_000
@@ -35,7 +36,7 @@ class AutoFlow(FlatGuide):
     """A guide whose posterior over the flat unconstrained latents is a flow.
 
     The flow ends with a trainable affine layer, which starts at `init_loc_fn`'s point with scale `init_scale`;
-    `precondition` puts a Laplace approximation there, which ill-conditioned posteriors need. Sites with a `VonMises` or
+    `precondition` puts a normal approximation there, which ill-conditioned posteriors need. Sites with a `VonMises` or
     `SineBivariateVonMises` distribution get coordinates on the circle. It works wherever Pyro's own continuous guides
     do: `SVI` with any loss, `Predictive`, `NeuTraReparam`, `AutoGuideList`. Discrete sites that `config_enumerate` marks
     are left to TraceEnum_ELBO.
@@ -46,6 +47,9 @@ class AutoFlow(FlatGuide):
         gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start, in unconstrained space.
+
+    Attributes:
+        preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
 
     Raises:
         UnknownFlowError: no recipe has this name.
@@ -82,13 +86,18 @@ class AutoFlow(FlatGuide):
         flows.get(flow)  # an unknown name is an error here, not at the first step
         super().__init__(model, init_loc_fn)
         self._choice, self._gradient, self._init_scale = flow, check_gradient(gradient), init_scale
+        self.preconditioned: NormalApproximation | None = None
 
     def _setup_flow(self) -> None:
         loc = self._layout.start
-        angles = [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
-        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, angles, boxed=False))
+        self._flow = with_affine_end(over_latents(self._choice, self._layout.sizes, self._angles, boxed=False))
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         self.flow_parameters = FlowParameters(place(self._flow, self._flow.init(None, loc), loc, scale_tril))
+
+    @property
+    def _angles(self) -> list[bool]:
+        """Whether each site is one of angles."""
+        return [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
 
     def _variables(self) -> dict[str, Any]:
         if self.prototype_trace is None:
@@ -135,7 +144,9 @@ class AutoFlow(FlatGuide):
         return FlowDistribution(self._flow, variables, gradient=self._gradient)
 
     def precondition(self, rng: torch.Generator | None, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Puts a Laplace approximation of the posterior into the affine layer at the data end, in place.
+        """Puts a normal approximation into the affine layer at the data end, in place; it stays in `guide.preconditioned`.
+
+        Multi-path Pathfinder, polished by Newton and ELBO steps; the model is evaluated in float64 where it allows it.
 
         Args:
             rng: A `torch.Generator` for what the model draws besides its latents (None: torch's global one).
@@ -146,21 +157,16 @@ class AutoFlow(FlatGuide):
             The guide.
 
         Raises:
-            NonFiniteError: the model's log density or gradient at the start is not finite.
+            NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
         self.setup(*args, **kwargs)
         start = self._layout.start
         model, init_loc_fn = self._require_source()
-        density = LogDensity(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
-
-        def in_float64(function: Callable) -> Callable:
-            return lambda u: tree.map(
-                lambda a: a.detach().double().cpu().numpy(), function(torch.as_tensor(u).to(start))
-            )
-
-        hessian = lambda u: torch.autograd.functional.hessian(lambda x: density.log_prob(x[None])[0], u)
-        found = laplace(in_float64(density.value_and_score), in_float64(hessian), start.double().cpu().numpy())
-        loc, scale_tril = (torch.as_tensor(a).to(start) for a in found)
+        density = value_and_score(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
+        seed = int(torch.randint(2**62, (), generator=rng, device=None if rng is None else rng.device))
+        at = start.double().cpu().numpy()
+        self.preconditioned = pathfinder(one_turn(density, np.repeat(self._angles, self._layout.sizes), at), at, seed)
+        loc, scale_tril = (torch.as_tensor(a).to(start) for a in self.preconditioned[:2])
         self._assign(place(self._flow, self._variables(), loc, scale_tril))
         return self
 
