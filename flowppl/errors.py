@@ -34,8 +34,16 @@ class FlowFileError(FlowpplError, ValueError):
     """A file is not a flow file, is damaged, or does not fit what it is loaded into."""
 
 
+class CheckpointError(FlowpplError, ValueError):
+    """A checkpoint cannot be read, or belongs to another fit."""
+
+
 class MissingExtraError(FlowpplError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; install it with: pip install 'flowppl[{extra}]'")
+
+
+class FitWarning(UserWarning):
+    """A fit has ended, and its draws are not to be trusted."""

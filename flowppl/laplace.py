@@ -25,12 +25,14 @@ class NormalApproximation(NamedTuple):
         scale_tril: `(d, d)`, lower triangular with a positive diagonal.
         elbo: E log p(x) + the entropy of the normal, estimated from draws that only chose among the last few.
         num_evals: How many points the density and its gradient were evaluated at to find it.
+        others: Those of other modes that were found on the way.
     """
 
     loc: Array
     scale_tril: Array
     elbo: float
     num_evals: int
+    others: tuple[NormalApproximation, ...] = ()
 
 
 class Normal(Protocol):

@@ -60,7 +60,14 @@ def pathfinder(
             laplace = newton(density, normal.dense(), noise)
             modes.append(climb_elbo(density, laplace, rng))
             found += [laplace, modes[-1]]
-    return _best(density, found, antithetic(rng, _FINAL_DRAWS, start.size, dense))
+    noise = antithetic(rng, _FINAL_DRAWS, start.size, dense)
+    best = _best(density, found, noise)
+    apart: list[Root] = [Root(best.loc, best.scale_tril)]
+    for mode in modes:
+        if not any(_near(mode.loc, other) and _near(other.loc, mode) for other in apart):
+            apart.append(mode)
+    others = [NormalApproximation(m.loc, m.scale_tril(), density.elbo(m, noise), 0) for m in apart[1:]]
+    return best._replace(others=tuple(m for m in others if np.isfinite(m.elbo)), num_evals=density.num_evals)
 
 
 def one_turn(value_and_score: Callable[[Array], tuple[Array, Array]], angles: Array, centre: Array) -> Callable:

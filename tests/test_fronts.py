@@ -51,6 +51,7 @@ def test_files_agree() -> None:
         "FlowDistribution",
         "FlowTransform",
         "LogDensity",
+        "fit",
         "flow_module",
         "load_flow",
         "save_flow",
@@ -66,6 +67,12 @@ def test_signatures_agree(name: str) -> None:
 def test_guide_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.AutoFlow, name))) for front in _fronts())
     assert ours - {"args"} == theirs - {"args"}
+
+
+@pytest.mark.parametrize("name", ["log_prob", "predict", "to_arviz", "save", "load"])
+def test_posterior_methods_agree(name: str) -> None:
+    ours, theirs = (_parameters(getattr(front.Posterior, name)) for front in _fronts())
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])

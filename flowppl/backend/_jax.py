@@ -231,6 +231,11 @@ def vmap(f: Callable, in_axes: Any = 0) -> Callable:
 # Random numbers
 
 
+def rng(seed: int, like: Array | None = None) -> Rng:
+    """A key."""
+    return jax.random.key(seed)
+
+
 def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
     """An array of n independent keys."""
     return jax.random.split(rng, n)

@@ -23,10 +23,12 @@ from flowppl.backend._torch_random import (
     is_float,
     normal,
     permutation,
+    rng,
     split,
     uniform,
 )
 from flowppl.backend._torch_spline import rq_spline
+from flowppl.backend._torch_vjp import outline, stop, vjp
 from flowppl.backend.protocol import Tree
 
 __all__ = [
@@ -36,20 +38,18 @@ __all__ = [
     "name",
     "normal",
     "permutation",
+    "rng",
     "rq_spline",
     "split",
+    "stop",
     "uniform",
+    "vjp",
     "xp",
 ]
 
 name = "torch"
 
 # Arrays
-
-
-def stop(x: Tree) -> Tree:
-    """No derivative flows through any leaf."""
-    return tree.map(lambda a: a.detach() if isinstance(a, Tensor) else a, x)
 
 
 def asarray(a: Any, like: Tensor | None = None) -> Tensor:
@@ -139,29 +139,6 @@ def solve_triangular(a: Tensor, b: Tensor, *, lower: bool, transpose: bool = Fal
 
 
 # Derivatives
-
-
-def vjp(f: Callable, *primals: Tree, has_aux: bool = False, once: bool = False) -> tuple:
-    """(out, pullback) or (out, pullback, aux); pullback(cotangent of out) is a tuple, one entry per primal.
-
-    `once` says that what is pulled back needs no derivatives of its own, which saves recording it.
-    """
-    spec: list[Tree] = []
-
-    def flat(*leaves: Tensor) -> tuple:  # torch.func takes no None in a tree
-        values = tree.unflatten(primals, leaves)
-        out, aux = f(*values) if has_aux else (f(*values), ())
-        spec.extend((_outline(out), _outline(aux)))
-        return tuple(tree.leaves(out)), tuple(torch.as_tensor(a) for a in tree.leaves(aux))
-
-    out, pull, aux = torch.func.vjp(flat, *tree.leaves(primals), has_aux=True)
-
-    def pullback(cotangent: Tree) -> tuple:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not once):
-            return tree.unflatten(primals, pull(tuple(tree.leaves(cotangent))))
-
-    out = tree.unflatten(spec[0], out)
-    return (out, pullback, tree.unflatten(spec[1], aux)) if has_aux else (out, pullback)
 
 
 def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple:
@@ -340,7 +317,7 @@ def vmap(f: Callable, in_axes: Any = 0) -> Callable:
 
         def flat(*leaves: Any) -> tuple:
             out = f(*tree.unflatten(args, leaves))
-            spec.append(_outline(out))
+            spec.append(outline(out))
             return tuple(torch.as_tensor(a) for a in tree.leaves(out))
 
         out = torch.func.vmap(flat, dims, randomness="different")(*tree.leaves(args))
@@ -370,8 +347,3 @@ def _refill(x: Tree, which: Callable, values: Sequence[Any]) -> Tree:
     """A tree like x with the values, in order, in the places of the leaves that `which` picks."""
     given = iter(values)
     return tree.map(lambda a: next(given) if which(a) else a, x)
-
-
-def _outline(x: Tree) -> Tree:
-    """The structure of a tree, without holding on to its leaves."""
-    return tree.map(lambda _: 0, x)

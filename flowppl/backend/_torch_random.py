@@ -16,6 +16,11 @@ def is_float(a: Any) -> TypeGuard[Tensor]:
     return isinstance(a, Tensor) and a.is_floating_point()
 
 
+def rng(seed: int, like: Tensor | None = None) -> Rng:
+    """A generator on the device of `like`."""
+    return torch.Generator("cpu" if like is None else like.device).manual_seed(seed)
+
+
 def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
     """The same generator n times: it is its own state."""
     return [rng] * n

@@ -122,6 +122,18 @@ class LULinear(FactoredLinear):
         diagonal = xp.linalg.diagonal(scale_tril)
         return {"lu": xp.tril(scale_tril / diagonal, k=-1) + identity_like(scale_tril) * xp.log(diagonal), "bias": loc}
 
+    @staticmethod
+    def rescaled(params: Params, loc: Array, scale_tril: Array) -> Params:
+        """The parameters of this map followed by x -> loc + scale_tril x."""
+        xp = backend_of(scale_tril).xp
+        lu, unit = params["lu"], identity_like(scale_tril)
+        scale = xp.linalg.diagonal(
+            scale_tril
+        )  # S L = (S L S_d^-1) S_d with a unit lower triangular matrix in parentheses
+        lower = scale_tril @ (xp.tril(lu, k=-1) + unit) / scale
+        upper = xp.triu(lu, k=1) * scale[:, None] + unit * (lu + xp.log(scale))
+        return {"lu": xp.tril(lower, k=-1) + upper, "bias": loc + scale_tril @ params["bias"]}
+
     def factors(self, params: Params) -> tuple[tuple[Factor, ...], Array]:
         """L and U."""
         lu = params["lu"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowppl.backend import backend_of, backend_of_rng
 from flowppl.bijections.base import Array, Bijection, Params, pick
-from flowppl.bijections.linear import LULinear
+from flowppl.bijections.linear import LULinear, identity_like
 from flowppl.bijections.wrap import wrap
 from flowppl.errors import DimensionError
 
@@ -121,6 +121,28 @@ class TorusEnd(Bijection):
             rows = pick(scale_tril.T, self._order[k:]).T
             placed["linear"] = LULinear.from_cholesky(loc[k:], xp.linalg.cholesky(rows @ rows.T))
         return placed
+
+    def whitening(self, loc: Array, scale_tril: Array) -> tuple[Array, Array]:
+        """The part of x -> loc + scale_tril x that moves real numbers by themselves; angles stay.
+
+        Args:
+            loc: `(dim,)`, in the data's coordinates.
+            scale_tril: `(dim, dim)`.
+        """
+        backend = backend_of(scale_tril)
+        xp, angle = backend.xp, backend.asarray([float(i in self.circular) for i in range(self.dim)], scale_tril)
+        covariance = (scale_tril @ scale_tril.T) * (1 - angle) * (1 - angle)[:, None] + identity_like(
+            scale_tril
+        ) * angle
+        return loc * (1 - angle), xp.linalg.cholesky(covariance)
+
+    def rescaled(self, params: Params, loc: Array, scale_tril: Array) -> Params:
+        """The parameters of this map followed by x -> loc + scale_tril x, which leaves angles alone."""
+        rest = self._order[len(self.circular) :]
+        if not rest:
+            return params
+        scale = pick(pick(scale_tril, rest).T, rest).T
+        return {**params, "linear": LULinear.rescaled(params["linear"], pick(loc, rest), scale)}
 
     def forward(self, params: Params, x: Array, context: Array | None = None) -> tuple[Array, Array]:
         """See `Bijection.forward`."""

@@ -34,13 +34,25 @@ def write(path: str | os.PathLike[str], flow: Flow, variables: dict[str, Any], e
         variables: What `flow.init` returned, trained or not, of either framework.
         extra: What else belongs to it, as JSON types.
     """
-    arrays = {name: np.ascontiguousarray(backend_of(a).to_numpy(a)) for name, a in tree.paths(variables).items()}
+    arrays = on_host(variables)
     text = json.dumps({"flow": describe(flow), "extra": extra}, sort_keys=True)
-    header = {"format": FORMAT, "description": text, "sha256": _digest(text, arrays)}
+    replace(path, save(arrays, {"format": FORMAT, "description": text, "sha256": _digest(text, arrays)}))
+
+
+def on_host(arrays: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree by their paths, as safetensors takes them."""
+    return {name: np.asarray(backend_of(a).to_numpy(a), order="C") for name, a in tree.paths(arrays).items()}
+
+
+def replace(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all: an older one stays if writing is interrupted or the disk is full."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(save(arrays, header))
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

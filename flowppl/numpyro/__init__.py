@@ -15,12 +15,15 @@ from flowppl.numpyro.files import load_flow, save_flow
 from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
+from flowppl.numpyro.posterior import Posterior, fit
 
 __all__ = [
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
+    "Posterior",
+    "fit",
     "flow_module",
     "from_flowjax",
     "load_flow",

@@ -34,6 +34,7 @@ class LogDensity:
         dim: Length of the vectors.
         init: A start `(dim,)`.
         names: The latent sites.
+        shapes: Their unconstrained shapes.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -65,6 +66,7 @@ class LogDensity:
         self._postprocess = handlers.seed(info.postprocess_fn(*args, **self._kwargs), key)
         self._layout = Layout(info.param_info.z)
         self.names = self._layout.names
+        self.shapes = self._layout.shapes
         self.dim = self._layout.dim
         self.init = self._layout.pack(info.param_info.z)
 

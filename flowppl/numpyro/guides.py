@@ -26,10 +26,10 @@ from flowppl.numpyro.distributions import FlowDistribution
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.flat_guide import FlatGuide
 from flowppl.numpyro.modules import as_params, register
-from flowppl.numpyro.precise import value_and_score
+from flowppl.numpyro.precise import Precise
 from flowppl.numpyro.sites import is_angle
 from flowppl.objectives import check_gradient
-from flowppl.pathfinder import NUM_PATHS, pathfinder
+from flowppl.pathfinder import pathfinder
 
 Array = Any
 _QUANTILE_DRAWS = 10_000
@@ -133,15 +133,18 @@ class AutoFlow(FlatGuide):
         Raises:
             NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
+        self._setup_somewhere(rng, args, kwargs)
+        density = Precise(LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn))
+        self.preconditioned = pathfinder(density, np.asarray(self._init_latent), np.asarray(jax.random.bits(rng, (4,))))
+        return as_params(self._flow_name, self._variables(rng))
+
+    def _setup_somewhere(self, rng: Array, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Meets the model, from a random start where it has no density at the chosen one."""
         try:
             self._setup(rng, args, kwargs)
         except NonFiniteError:
-            self.init_loc_fn = init_to_uniform  # other starts may have a density
+            self.init_loc_fn = init_to_uniform
             self._setup(rng, args, kwargs)
-        density = LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn)
-        seed = np.asarray(jax.random.bits(rng, (4,)))
-        self.preconditioned = pathfinder(value_and_score(density, NUM_PATHS), np.asarray(self._init_latent), seed)
-        return as_params(self._flow_name, self._variables(rng))
 
     def median(self, params: dict[str, Any]) -> dict[str, Array]:
         """The median of each unconstrained coordinate, from draws, constrained: values by site."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from typing import Any
 
 import jax
 import jax.experimental
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowppl.numpyro.density import LogDensity
+from flowppl.pathfinder import NUM_PATHS
 
-enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
+_enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
 
 
-def value_and_score(density: LogDensity, rows: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+class Precise:
     """Points `(n, dim)` to log densities `(n,)` and gradients `(n, dim)`, all of them numpy's float64.
 
     Latents in float64 promote what a model computes from them and float32 data. A model that insists on float32, such as one whose
@@ -22,24 +24,30 @@ def value_and_score(density: LogDensity, rows: int) -> Callable[[np.ndarray], tu
 
     Args:
         density: Of the model.
-        rows: Points are evaluated so many at a time: the function is compiled once.
-    """
-    function = jax.jit(density.value_and_score)
-    start = np.asarray(density.init)
-    precise = True
 
-    def evaluate(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    Attributes:
+        dtype: In which the model is evaluated.
+    """
+
+    def __init__(self, density: LogDensity) -> None:
+        self._evaluate = jax.jit(density.value_and_score)
+        self._wide, self.dtype = True, np.dtype(np.float64)
+        start = np.asarray(density.init)[None]
+        try:
+            self(start)
+        except Exception:  # anything may happen; what is wrong in float32 too is raised there
+            self._wide, self.dtype = False, start.dtype
+
+    def context(self) -> Any:
+        """The precision in which jax is to compute with the model."""
+        return _enable_x64(True) if self._wide else contextlib.nullcontext()
+
+    def __call__(self, points: np.ndarray, rows: int = NUM_PATHS) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluates the points, `rows` at a time: each number of rows is compiled once."""
         padded = np.concatenate([points, np.repeat(points[-1:], -len(points) % rows, axis=0)])
-        with enable_x64(precise or jax.config.jax_enable_x64):
-            dtype = np.float64 if precise else start.dtype
-            blocks = [function(jnp.asarray(b, dtype)) for b in np.split(padded, len(padded) // rows)]
+        with self.context():
+            blocks = [self._evaluate(jnp.asarray(b, self.dtype)) for b in np.split(padded, len(padded) // rows)]
             values, scores = (
                 np.concatenate([np.asarray(a, np.float64) for a in part]) for part in zip(*blocks, strict=True)
             )
         return values[: len(points)], scores[: len(points)]
-
-    try:
-        evaluate(start[None])
-    except Exception:  # anything may happen; what is wrong in float32 too is raised there
-        precise = False
-    return evaluate

@@ -14,6 +14,7 @@ from flowppl.pyro.export import to_arviz
 from flowppl.pyro.files import load_flow, save_flow
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
+from flowppl.pyro.posterior import Posterior, fit
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
+    "Posterior",
+    "fit",
     "flow_module",
     "from_zuko",
     "load_flow",

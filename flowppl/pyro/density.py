@@ -45,6 +45,7 @@ class LogDensity:
         dim: Length of the vectors.
         init: A start `(dim,)`.
         names: The latent sites.
+        shapes: Their unconstrained shapes.
 
     Raises:
         UnsupportedModelError: a latent is discrete and not enumerated, or has no bijection from real vectors, or a
@@ -89,6 +90,7 @@ class LogDensity:
         )
         self._layout = Layout(latents)
         self.names, self.dim, self.init = self._layout.names, self._layout.dim, self._layout.start
+        self.shapes = self._layout.shapes
         self._terms = self._first_that_agrees()
 
     def log_prob(self, u: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
-from flowppl.pyro.precise import value_and_score
+from flowppl.pyro.precise import Precise
 from flowppl.pyro.sites import is_angle
 
 _QUANTILE_DRAWS = 10_000
@@ -162,7 +162,7 @@ class AutoFlow(FlatGuide):
         self.setup(*args, **kwargs)
         start = self._layout.start
         model, init_loc_fn = self._require_source()
-        density = value_and_score(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
+        density = Precise(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
         seed = int(torch.randint(2**62, (), generator=rng, device=None if rng is None else rng.device))
         at = start.double().cpu().numpy()
         self.preconditioned = pathfinder(one_turn(density, np.repeat(self._angles, self._layout.sizes), at), at, seed)

@@ -12,9 +12,7 @@ import torch
 from flowppl.pyro.density import LogDensity
 
 
-def value_and_score(
-    model: Callable, args: tuple, kwargs: dict[str, Any], *, rng: torch.Generator | None, init_loc_fn: Callable
-) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+class Precise:
     """Points `(n, dim)` to log densities `(n,)` and gradients `(n, dim)`, all of them numpy's float64.
 
     Floating arguments are widened, and what the model makes itself is float64 by torch's default type of the moment. A model that
@@ -26,43 +24,54 @@ def value_and_score(
         kwargs: Its keyword arguments.
         rng: A `torch.Generator` (None: torch's global one).
         init_loc_fn: How each site starts.
+
+    Attributes:
+        density: In this precision.
+        args: The model's arguments in this precision.
+        kwargs: Its keyword arguments.
+        start: A start `(dim,)`, whose dtype and device are those of the evaluation.
     """
-    try:
-        with _default(torch.float64):
-            return _evaluator(model, _widen(args), _widen(kwargs), rng, init_loc_fn, torch.float64)
-    except Exception:  # anything may happen; what is wrong in float32 too is raised there
-        return _evaluator(model, args, kwargs, rng, init_loc_fn, torch.get_default_dtype())
 
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        rng: torch.Generator | None = None,
+        init_loc_fn: Callable,
+    ) -> None:
+        for dtype in (torch.float64, torch.get_default_dtype()):
+            self._dtype, wide = dtype, dtype is torch.float64
+            self.args: Any
+            self.kwargs: Any
+            self.args, self.kwargs = (_widen(args), _widen(kwargs)) if wide else (args, kwargs)
+            try:
+                with self.context():
+                    self.density = LogDensity(model, self.args, self.kwargs, rng=rng, init_loc_fn=init_loc_fn)
+                    self.start = self.density.init.double() if wide else self.density.init
+                    self(self.start[None].cpu().numpy())
+                return
+            except Exception:  # anything may happen; what is wrong in float32 too is raised there
+                if not wide or torch.get_default_dtype() is dtype:
+                    raise
 
-def _evaluator(
-    model: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    rng: torch.Generator | None,
-    init_loc_fn: Callable,
-    dtype: torch.dtype,
-) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    density = LogDensity(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
-    start = density.init if dtype is not torch.float64 else density.init.double()
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The precision in which torch is to compute with the model."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
-    def evaluate(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with _default(dtype):
-            found = density.value_and_score(torch.as_tensor(points).to(start))
+    def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluates the points."""
+        with self.context():
+            found = self.density.value_and_score(torch.as_tensor(points).to(self.start))
         values, scores = (a.detach().double().cpu().numpy() for a in found)
         return values, scores
-
-    evaluate(start[None].cpu().numpy())
-    return evaluate
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _widen(tree: Any) -> Any:

@@ -1,0 +1,231 @@
+"""From a log density and first normal approximations of it to a trained flow, its draws and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flowppl import flows
+from flowppl.backend import Array, backend_of
+from flowppl.checkpoint import Checkpoint
+from flowppl.config import describe
+from flowppl.diagnostics.compare import Evidence, evidence
+from flowppl.flows import Flow, Recipe
+from flowppl.flows.affine_end import place, rescaled, whitening
+from flowppl.laplace import NormalApproximation
+from flowppl.objectives.reverse_kl import reverse_kl
+from flowppl.training import Options, Record, train
+
+_LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
+_CHUNK = 1000  # draws that are made and scored at a time
+_NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
+_MISSED = 3.0  # nats by which a flow's density may be too low on average in another mode
+
+Draws = tuple[np.ndarray, np.ndarray]  # points (n, dim) and log-weights (n,), in float64
+
+
+class Problem(NamedTuple):
+    """What is to be fitted.
+
+    Attributes:
+        flow: The flow; it ends with an affine layer.
+        log_prob: Log density of the posterior, unnormalised: arrays `(n, dim)` to `(n,)`.
+        normal: From a seed to a normal approximation.
+        like: An array whose dtype and device the fit takes.
+    """
+
+    flow: Flow
+    log_prob: Callable[[Array], Array]
+    normal: Callable[[int], NormalApproximation]
+    like: Array
+
+
+class Fit(NamedTuple):
+    """A trained flow.
+
+    Attributes:
+        variables: Of the flow.
+        draws: Its draws with log-weights.
+        others: Those of other runs and modes that were found.
+        history: What each chunk of steps showed.
+        start: What draws of the normal at the start say.
+    """
+
+    variables: dict[str, Any]
+    draws: Draws
+    others: list[Draws]
+    history: list[Record]
+    start: Evidence | None
+
+
+def default_flow(dim: int) -> Recipe:
+    """The flow of `fit` in `dim` dimensions: spline couplings, or one affine map where there are very many."""
+    if dim > _LARGE:
+        return flows.affine()
+    return flows.nsf(layers=6, hidden=(32, 32)) if dim <= 32 else flows.nsf(layers=4, hidden=(64, 64))
+
+
+def fit_flow(
+    problem: Problem,
+    seed: int,
+    options: Options,
+    *,
+    restarts: int = 0,
+    num_samples: int = 10_000,
+    warm: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
+    progress: Callable[[Sequence[Record]], None] = lambda history: None,
+) -> Fit:
+    """Trains the flow, as often as asked, and keeps the run with the highest ELBO; none is worse than its start.
+
+    Args:
+        problem: What to fit.
+        seed: Of everything.
+        options: How to train.
+        restarts: Runs beside the first, from other seeds.
+        num_samples: Draws of the result.
+        warm: Variables of this flow, fitted to similar data: the start, where its ELBO is above the normal's.
+        checkpoint: A file for the state of an interrupted fit; restarts add numbers to its name.
+        progress: Called after each chunk of steps.
+    """
+    draw = sampler(problem)
+    runs: list[Fit] = []
+    modes: list[NormalApproximation] = []
+    for i in range(restarts + 1):
+        own = _seed(seed, i)
+        normal = problem.normal(own)
+        modes += normal.others
+        memory = checkpoint and Checkpoint(f"{checkpoint}.{i}" if i else checkpoint, _task(problem, own, options))
+        runs.append(
+            _run(problem, normal, own, options, lambda v: draw(v, own, num_samples), warm, memory or None, progress)
+        )  # noqa: B023
+    best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
+    fit = runs.pop(best)
+    others = [draw(_as_flow(problem, mode), seed, num_samples) for mode in modes]
+    return fit._replace(others=[run.draws for run in runs] + _missed(problem, fit, others))
+
+
+def sampler(problem: Problem) -> Callable[[dict[str, Any], int, int], Draws]:
+    """A function that draws from the flow and weighs the draws: from its variables, a seed and a number."""
+    backend = backend_of(problem.like)
+
+    @backend.jit
+    def some(variables: dict[str, Any], rng: Any) -> tuple[Array, Array]:
+        sample = problem.flow.sample(rng, variables, (_CHUNK,), with_log_prob=True)
+        return sample.x, problem.log_prob(sample.x) - sample.log_prob
+
+    def draw(variables: dict[str, Any], seed: int, n: int) -> Draws:
+        parts = [some(variables, backend.rng(_seed(seed, i), problem.like)) for i in range(-(-n // _CHUNK))]
+        x, log_w = (
+            np.concatenate([np.asarray(backend.to_numpy(backend.stop(part[k])), np.float64) for part in parts])[:n]
+            for k in (0, 1)
+        )
+        return x, log_w
+
+    return draw
+
+
+def in_chunks(function: Callable[[np.ndarray], dict[str, np.ndarray]], points: np.ndarray) -> dict[str, np.ndarray]:
+    """A function of many points `(n, dim)`, so many at a time that memory is bounded."""
+    padded = np.concatenate([points, np.repeat(points[-1:], -len(points) % _CHUNK, axis=0)])
+    parts = [function(part) for part in np.split(padded, len(padded) // _CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts])[: len(points)] for name in parts[0]}
+
+
+@contextmanager
+def shown(options: Options, on: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
+    """A progress bar over the steps of training, with the ELBO beside it."""
+    with tqdm(total=options.max_steps, disable=not on, unit="step") as bar:
+
+        def progress(history: Sequence[Record]) -> None:
+            record = history[-1]
+            bar.set_postfix_str(f"ELBO {record.elbo:.3f} ± {record.elbo_error:.3f}", refresh=False)
+            bar.update(options.chunk)
+
+        yield progress
+
+
+def _run(
+    problem: Problem,
+    normal: NormalApproximation,
+    seed: int,
+    options: Options,
+    draw: Callable[[dict[str, Any]], Draws],
+    warm: dict[str, Any] | None,
+    memory: Checkpoint | None,
+    progress: Callable[[Sequence[Record]], None],
+) -> Fit:
+    flow, backend = problem.flow, backend_of(problem.like)
+    xp = backend.xp
+    start = _as_flow(problem, normal, seed)
+    before = draw(start)
+    if warm is not None and _evidence(again := draw(warm)).elbo > _evidence(before).elbo:
+        start, before = warm, again
+        centred = again[0] - again[0].mean(0)
+        normal = normal._replace(
+            loc=again[0].mean(0), scale_tril=np.linalg.cholesky(centred.T @ centred / len(centred))
+        )
+
+    # The density is whitened by the normal, so that step sizes mean the same for all posteriors.
+    loc, scale = whitening(flow, *(_like(problem, a) for a in normal[:2]))
+    log_det = xp.sum(xp.log(xp.linalg.diagonal(scale)))
+    inverse = _like(problem, np.tril(np.linalg.inv(np.asarray(backend.to_numpy(scale), np.float64))))
+
+    def whitened(w: Array) -> Array:
+        return problem.log_prob(loc + w @ scale.T) + log_det
+
+    def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
+        return reverse_kl(flow, variables, whitened, rng, options.num_particles, control, refresh)
+
+    trained, history = train(gradient, rescaled(flow, start, -inverse @ loc, inverse), seed, options, memory, progress)
+    trained = rescaled(flow, trained, loc, scale)
+    after = draw(trained)
+    if not _evidence(after).elbo >= _evidence(before).elbo:
+        trained, after = start, before
+    return Fit(trained, after, [], history, _evidence(before))
+
+
+def _missed(problem: Problem, fit: Fit, others: list[Draws]) -> list[Draws]:
+    """Those of other modes' draws that have mass where the flow has next to none."""
+    backend = backend_of(problem.like)
+    log_ratio = backend.jit(lambda v, x: backend.stop(problem.log_prob(x) - problem.flow.log_prob(v, x)))
+    log_z, found = _evidence(fit.draws).log_evidence, []
+    for x, log_w in others:
+        mode = _evidence((x, log_w))
+        at = _like(problem, x[:_CHUNK])
+        weight = mode.weight[:_CHUNK] / max(mode.weight[:_CHUNK].sum(), 1e-300)
+        gap = np.nan_to_num(np.asarray(backend.to_numpy(log_ratio(fit.variables, at)), np.float64), nan=np.inf)
+        if mode.log_evidence > log_z - _NEGLIGIBLE and weight @ np.minimum(gap - log_z, 1e3) > _MISSED:
+            found.append((x, log_w))
+    return found
+
+
+def _as_flow(problem: Problem, normal: NormalApproximation, seed: int = 0) -> dict[str, Any]:
+    """Variables with which the flow is the normal."""
+    backend = backend_of(problem.like)
+    start = backend.jit(lambda rng: problem.flow.init(rng, problem.like))(backend.rng(seed, problem.like))
+    return place(problem.flow, start, *(_like(problem, a) for a in normal[:2]))
+
+
+def _like(problem: Problem, a: np.ndarray) -> Array:
+    backend = backend_of(problem.like)
+    return backend.asarray(backend.xp.asarray(a), problem.like)
+
+
+def _evidence(draws: Draws) -> Evidence:
+    log_w = draws[1]
+    return evidence(np.where(np.isnan(log_w) | (log_w == np.inf), -np.inf, log_w))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+
+
+def _task(problem: Problem, seed: int, options: Options) -> dict[str, Any]:
+    """What makes two fits the same, as JSON types; data are not among it."""
+    chosen = {k: v for k, v in vars(options).items() if k != "optimizer"}
+    return {"flow": describe(problem.flow), "seed": seed, "dtype": str(problem.like.dtype), **chosen}

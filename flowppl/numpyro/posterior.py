@@ -1,0 +1,214 @@
+"""`fit`: from a model and its data to a posterior, in one call."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import Predictive, init_to_median, log_likelihood
+
+from flowppl.diagnostics import inference_data
+from flowppl.errors import FitWarning
+from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
+from flowppl.flows import Flow, Recipe, files
+from flowppl.numpyro.density import LogDensity
+from flowppl.numpyro.guides import AutoFlow
+from flowppl.numpyro.modules import as_params
+from flowppl.numpyro.precise import Precise
+from flowppl.optim import Optimizer
+from flowppl.pathfinder import pathfinder
+from flowppl.posterior import WeightedPosterior, coordinates
+from flowppl.training import Options
+
+Array = Any
+
+
+def fit(
+    model: Callable,
+    *args: Any,
+    flow: str | Recipe | Flow | None = None,
+    seed: int = 0,
+    start: Posterior | None = None,
+    restarts: int = 0,
+    num_samples: int = 10_000,
+    num_particles: int = 128,
+    max_steps: int = 8000,
+    learning_rate: float = 5e-3,
+    optimizer: Optimizer | Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    init_loc_fn: Callable = init_to_median,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> Posterior:
+    """Fits a flow to the posterior of a model: preconditioned, trained until it gets no better, weighted and judged.
+
+    It computes in float64 where the model allows it. A result that is not to be trusted comes with a `FitWarning`.
+
+    Args:
+        model: The model; discrete latents marked for enumeration are summed out.
+        args: Its positional arguments.
+        flow: See `AutoFlow`; None for splines, or for a normal in more than 300 dimensions.
+        seed: Of everything.
+        start: A fit of the same model to other data, to start from where that is better than a fresh start.
+        restarts: More runs, from other seeds: the best by its ELBO is kept, and all must agree.
+        num_samples: Number of weighted draws.
+        num_particles: Draws in each step.
+        max_steps: The most steps; it stops by itself.
+        learning_rate: Step size at the start, which falls by itself.
+        optimizer: Another optimizer than Adam: an optax `GradientTransformation`, or one of `flowppl.optim`.
+        checkpoint: A file that keeps the state: a fit that was interrupted goes on from it, and ends alike.
+        init_loc_fn: How each site starts.
+        progress_bar: Whether to show how it goes.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        UnsupportedModelError: the model has latents that a flow cannot cover.
+        NonFiniteError: its log density is finite at no start.
+        CheckpointError: the checkpoint is of another fit.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from flowppl.numpyro import fit
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     numpyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> posterior = fit(model, jnp.array(2.0), flow="affine", max_steps=200, progress_bar=False)
+        >>> round(float(posterior.mean()["mean"]), 1)
+        2.0
+    """
+    options = Options(num_particles, max_steps, learning_rate, optimizer)
+    view = _View(model, args, kwargs, flow, init_loc_fn)
+    with view.precise.context(), shown(options, progress_bar) as progress:
+        warm = None if start is None else jax.tree.map(jnp.asarray, start.variables)
+        found = fit_flow(
+            view.problem,
+            seed,
+            options,
+            restarts=restarts,
+            num_samples=num_samples,
+            warm=warm,
+            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+            progress=progress,
+        )
+    posterior = Posterior(view, found)
+    verdict = posterior.diagnose()
+    if verdict.verdict == "not to be trusted":
+        warnings.warn(f"the fit is {verdict.verdict}: {verdict.reasons[0]}; next: {verdict.advice}", FitWarning, 2)
+    return posterior
+
+
+class Posterior(WeightedPosterior):
+    """A fitted posterior: weighted draws, the guide, and what can be asked of them. Made by `fit`.
+
+    Attributes:
+        guide: The `AutoFlow`, for `Predictive`, `NeuTraReparam` and the like.
+        params: Its parameters.
+        variables: Those of the flow alone.
+    """
+
+    def __init__(self, view: _View, fit: Fit) -> None:
+        samples = view.constrain(fit.draws[0])
+        super().__init__(fit, samples, coordinates(view.density.shapes), view.value_and_score)
+        self._view, self.guide, self.variables = view, view.guide, jax.tree.map(np.asarray, fit.variables)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The guide's parameters, in jax's precision of the moment."""
+        return as_params(self.guide._flow_name, jax.tree.map(jnp.asarray, self.variables))
+
+    def log_prob(self, values: dict[str, Array]) -> Array:
+        """Log density of the flow at constrained values: `(*batch, *shape)` by site to `(*batch,)`."""
+        with self._view.precise.context():
+            return np.asarray(self.guide.log_prob(self.params, values))
+
+    def predict(self, *args: Any, num_samples: int = 1000, seed: int = 0, **kwargs: Any) -> dict[str, Array]:
+        """Draws of the sites that arguments leave open, given draws of the posterior: `(num_samples, *shape)` by site.
+
+        Args:
+            args: Arguments of the model, such as new covariates, and None for what is to be predicted.
+            num_samples: How many.
+            seed: Of the draws.
+            kwargs: Keyword arguments.
+        """
+        with self._view.precise.context():
+            predictive = Predictive(self._view.model, self.resample(num_samples, seed))
+            return {name: np.asarray(x) for name, x in predictive(jax.random.key(seed), *args, **kwargs).items()}
+
+    def to_arviz(self, *, num_samples: int = 4000, log_likelihood: bool = False) -> Any:
+        """Resampled draws for ArviZ, in one chain.
+
+        Args:
+            num_samples: How many.
+            log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
+
+        Returns:
+            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp, the log of p, and log_weight,
+            that of p / q, by which draws were resampled) and log_likelihood.
+        """
+        return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
+
+    def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
+        view = self._view
+        with view.precise.context():
+            latent = {name: samples[name] for name in view.density.names}
+            found = log_likelihood(view.model, latent, *view.args, **view.kwargs)
+            return {name: np.asarray(x) for name, x in found.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the flow; draws and weights are made anew by `load`."""
+        files.write(path, self.guide._flow, self.variables, {"sites": self.guide._site_sizes})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Callable, *args: Any, num_samples: int = 10_000, **kwargs: Any
+    ) -> Posterior:
+        """Loads what `save` wrote, in either front: the model and its data are needed again.
+
+        Args:
+            path: The file.
+            model: The model.
+            args: Its arguments.
+            num_samples: Number of weighted draws.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            FlowFileError: the file is not whole, or does not fit the model's sites.
+        """
+        view = _View(model, args, kwargs, files.read(path)[0], init_to_median)
+        with view.precise.context():
+            view.guide, params = AutoFlow.load(path, model, *args, **kwargs)
+            variables = view.guide.get_posterior(params).variables
+            draws = sampler(view.problem)(variables, 0, num_samples)
+        return cls(view, Fit(variables, draws, [], [], None))
+
+
+class _View:
+    """A model with its data as a problem for a fit."""
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        density = LogDensity(model, args, kwargs, init_loc_fn=init_loc_fn)
+        self.guide = AutoFlow(model, default_flow(density.dim) if flow is None else flow, init_loc_fn=init_loc_fn)
+        self.guide._setup_somewhere(jax.random.key(0), args, kwargs)
+        self.density, self.precise = density, Precise(density)
+        start = np.asarray(self.guide._init_latent, np.float64)
+        with self.precise.context():
+            like = jnp.zeros(density.dim, self.precise.dtype)
+        self.problem = Problem(
+            self.guide._flow, density.log_prob, lambda seed: pathfinder(self.precise, start, seed), like
+        )
+
+    def constrain(self, u: np.ndarray) -> dict[str, np.ndarray]:
+        """Values by site, deterministic sites included, at points `(n, dim)`."""
+        constrain = jax.jit(self.density.constrain)
+        with self.precise.context():
+            return in_chunks(lambda part: jax.tree.map(np.asarray, constrain(jnp.asarray(part))), u)
+
+    def value_and_score(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log densities `(n,)` and gradients `(n, dim)` at points `(n, dim)`, on the host."""
+        return self.precise(points, 256)

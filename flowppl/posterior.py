@@ -1,0 +1,162 @@
+"""What a fit gives: draws with weights, what they say of the posterior, and how far they can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flowppl import weights
+from flowppl.diagnostics import Verdict, diagnose
+from flowppl.diagnostics.compare import evidence
+from flowppl.errors import MissingExtraError
+from flowppl.fitting import Fit
+
+Array = np.ndarray
+Density = Callable[[Array], tuple[Array, Array]]
+
+
+def coordinates(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the elements of flat vectors that hold sites of these shapes."""
+    return [
+        site + (f"[{', '.join(map(str, index))}]" if index else "")
+        for site, shape in shapes.items()
+        for index in np.ndindex(*shape)
+    ]
+
+
+class WeightedPosterior:
+    """Draws of a fitted flow with their importance weights, and the checks on them.
+
+    Means and the like take the smoothed weights where these can be trusted (k-hat below its limit), and the plain draws elsewhere.
+
+    Args:
+        fit: The fit.
+        samples: Its draws, constrained: `(num_samples, *shape)` by site, deterministic sites included.
+        names: Names of the unconstrained coordinates.
+        value_and_score: Log density of the posterior and its gradient, for the HMC check, in numpy.
+
+    Attributes:
+        samples: See above; draws of the flow as they are.
+        unconstrained: The same in the flow's coordinates, `(num_samples, dim)`.
+        log_weights: log p - log q of each draw, `(num_samples,)`.
+        weights: Smoothed weights that sum to one; all alike where weights cannot be trusted.
+        history: What each chunk of steps of the training showed.
+    """
+
+    def __init__(self, fit: Fit, samples: dict[str, Array], names: Sequence[str], value_and_score: Density) -> None:
+        self.unconstrained, self.log_weights = fit.draws
+        self.samples, self.history = samples, fit.history
+        self._names, self._value_and_score, self._others = list(names), value_and_score, fit.others
+        usable = np.isfinite(self.unconstrained).all(1) & (self.log_weights < np.inf)
+        self._evidence = evidence(np.where(usable, self.log_weights, -np.inf))
+        self.start = fit.start
+        self._verdict: Verdict | None = None
+
+    @property
+    def weights(self) -> Array:
+        """Smoothed weights that sum to one; all alike where weights cannot be trusted."""
+        e = self._evidence
+        return e.weight if e.reliable else np.full(len(e.weight), 1 / len(e.weight))
+
+    @property
+    def elbo(self) -> tuple[float, float]:
+        """The ELBO and its standard error."""
+        return self._evidence.elbo, self._evidence.elbo_error
+
+    @property
+    def log_evidence(self) -> tuple[float, float]:
+        """The log of the posterior's normalising constant, log p(data), and its standard error."""
+        return self._evidence.log_evidence, self._evidence.log_evidence_error
+
+    @property
+    def khat(self) -> float:
+        """The Pareto shape of the weights: below about 0.7 they can be trusted."""
+        return self._evidence.khat
+
+    @property
+    def ess(self) -> float:
+        """Effective number of draws after reweighting."""
+        return self._evidence.ess
+
+    def mean(self) -> dict[str, Array]:
+        """Posterior means, `shape` by site."""
+        return {name: np.tensordot(self.weights, x, 1) for name, x in self.samples.items()}
+
+    def sd(self) -> dict[str, Array]:
+        """Posterior standard deviations, `shape` by site."""
+        mean = self.mean()
+        return {name: np.sqrt(np.tensordot(self.weights, (x - mean[name]) ** 2, 1)) for name, x in self.samples.items()}
+
+    def resample(self, num_samples: int | None = None, seed: int = 0) -> dict[str, Array]:
+        """Draws of equal weight: `(num_samples, *shape)` by site, by systematic resampling, in random order.
+
+        Args:
+            num_samples: How many (None: as many as there are).
+            seed: Of the choice.
+        """
+        at = self._resampled(num_samples, seed)
+        return {name: x[at] for name, x in self.samples.items()}
+
+    def _resampled(self, num_samples: int | None, seed: int) -> Array:
+        rng = np.random.default_rng(seed)
+        with np.errstate(divide="ignore"):
+            at = weights.resample_systematic(rng, np.log(self.weights), n=num_samples)
+        return rng.permutation(at)
+
+    def _groups(self, num_samples: int, log_likelihood: Callable | None) -> dict[str, dict[str, Array]]:
+        """Resampled draws by ArviZ's groups, in one chain."""
+        at = self._resampled(num_samples, 0)
+        samples = {name: x[at] for name, x in self.samples.items()}
+        log_p, _ = self._value_and_score(self.unconstrained[at])
+        groups = {
+            "posterior": samples,
+            "sample_stats": {"lp": log_p, "log_weight": self.log_weights[at]},
+            "log_likelihood": log_likelihood(samples) if log_likelihood else {},
+        }
+        return {group: {k: v[None] for k, v in arrays.items()} for group, arrays in groups.items()}
+
+    def diagnose(self) -> Verdict:
+        """Whether the draws can stand for the posterior, and what to do next; `print` it. Computed once.
+
+        See `flowppl.diagnostics.diagnose`. Other runs of the fit, and modes that the search for a start found and the flow misses,
+        count as restarts.
+        """
+        if self._verdict is None:
+            self._verdict = diagnose(
+                self.unconstrained,
+                self.log_weights,
+                self._names,
+                constrained=self.samples,
+                restarts=self._others,
+                value_and_score=self._value_and_score,
+            )
+        return self._verdict
+
+    def plot(self, sites: Sequence[str] | None = None) -> Any:
+        """Histograms of up to sixteen scalars, raw and reweighted, and the course of the training.
+
+        Args:
+            sites: Which sites (None: all).
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        try:
+            from flowppl.diagnostics.pictures import picture
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("matplotlib", "plots") from error
+        chosen = self.samples if sites is None else {name: self.samples[name] for name in sites}
+        return picture(chosen, self.weights, self.history)
+
+    def __repr__(self) -> str:
+        e, z = self._evidence, self.log_evidence
+        reliable = "" if e.reliable else ", not to be trusted"
+        return (
+            f"<{type(self).__name__} of {', '.join(self.samples)}: ELBO {e.elbo:.3f} ± {e.elbo_error:.3f}, "
+            f"log evidence {z[0]:.3f} ± {z[1]:.3f}, k-hat {e.khat:.2f}{reliable}>"
+        )

@@ -1,0 +1,228 @@
+"""`fit`: from a model and its data to a posterior, in one call."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from pyro.infer.autoguide import init_to_median
+from torch import Tensor
+
+from flowppl import tree
+from flowppl.diagnostics import inference_data
+from flowppl.errors import FitWarning
+from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
+from flowppl.flows import Flow, Recipe, files
+from flowppl.optim import Optimizer
+from flowppl.pathfinder import one_turn, pathfinder
+from flowppl.posterior import WeightedPosterior, coordinates
+from flowppl.pyro.density import seeded
+from flowppl.pyro.guides import AutoFlow
+from flowppl.pyro.precise import Precise
+from flowppl.training import Options
+
+Array = np.ndarray
+
+
+def fit(
+    model: Callable,
+    *args: Any,
+    flow: str | Recipe | Flow | None = None,
+    seed: int = 0,
+    start: Posterior | None = None,
+    restarts: int = 0,
+    num_samples: int = 10_000,
+    num_particles: int = 128,
+    max_steps: int = 8000,
+    learning_rate: float = 5e-3,
+    optimizer: Optimizer | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    init_loc_fn: Callable = init_to_median,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> Posterior:
+    """Fits a flow to the posterior of a model: preconditioned, trained until it gets no better, weighted and judged.
+
+    It computes in float64 where the model allows it. A result that is not to be trusted comes with a `FitWarning`.
+
+    Args:
+        model: The model; discrete latents marked by `config_enumerate` are summed out.
+        args: Its positional arguments.
+        flow: See `AutoFlow`; None for splines, or for a normal in more than 300 dimensions.
+        seed: Of everything.
+        start: A fit of the same model to other data, to start from where that is better than a fresh start.
+        restarts: More runs, from other seeds: the best by its ELBO is kept, and all must agree.
+        num_samples: Number of weighted draws.
+        num_particles: Draws in each step.
+        max_steps: The most steps; it stops by itself.
+        learning_rate: Step size at the start, which falls by itself.
+        optimizer: Another optimizer than Adam, of `flowppl.optim`.
+        checkpoint: A file that keeps the state: a fit that was interrupted goes on from it, and ends alike.
+        init_loc_fn: How each site starts.
+        progress_bar: Whether to show how it goes.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        UnsupportedModelError: the model has latents that a flow cannot cover.
+        NonFiniteError: its log density is finite at no start.
+        CheckpointError: the checkpoint is of another fit.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from flowppl.pyro import fit
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> posterior = fit(model, torch.tensor(2.0), flow="affine", max_steps=200, progress_bar=False)
+        >>> round(float(posterior.mean()["mean"]), 1)
+        2.0
+    """
+    options = Options(num_particles, max_steps, learning_rate, optimizer)
+    with seeded(torch.Generator().manual_seed(seed)):
+        view = _View(model, args, kwargs, flow, init_loc_fn)
+    with view.precise.context(), shown(options, progress_bar) as progress:
+        found = fit_flow(
+            view.problem,
+            seed,
+            options,
+            restarts=restarts,
+            num_samples=num_samples,
+            warm=None if start is None else tree.map(lambda a: _like(a, view.problem.like), start.variables),
+            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+            progress=progress,
+        )
+    posterior = Posterior(view, found)
+    verdict = posterior.diagnose()
+    if verdict.verdict == "not to be trusted":
+        warnings.warn(f"the fit is {verdict.verdict}: {verdict.reasons[0]}; next: {verdict.advice}", FitWarning, 2)
+    return posterior
+
+
+class Posterior(WeightedPosterior):
+    """A fitted posterior: weighted draws, the guide, and what can be asked of them. Made by `fit`.
+
+    Attributes:
+        guide: The trained `AutoFlow`, for `Predictive`, `NeuTraReparam` and the like, in the model's own precision.
+        variables: The flow's variables, in the precision of the fit.
+    """
+
+    def __init__(self, view: _View, fit: Fit) -> None:
+        super().__init__(fit, view.constrain(fit.draws[0]), coordinates(view.precise.density.shapes), view.precise)
+        self._view, self.guide, self.variables = view, view.guide, fit.variables
+        like = self.guide._layout.start
+        self.guide._assign(tree.map(lambda a: _like(a, like), fit.variables))
+
+    def log_prob(self, values: dict[str, Any]) -> Array:
+        """Log density of the flow at constrained values: `(*batch, *shape)` by site to `(*batch,)`."""
+        like = self.guide._layout.start
+        with torch.no_grad():
+            return self.guide.log_prob({k: torch.as_tensor(v).to(like) for k, v in values.items()}).cpu().numpy()
+
+    def predict(self, *args: Any, num_samples: int = 1000, seed: int = 0, **kwargs: Any) -> dict[str, Array]:
+        """Draws of the sites that arguments leave open, given draws of the posterior: `(num_samples, *shape)` by site.
+
+        Args:
+            args: Arguments of the model, such as new covariates, and None for what is to be predicted.
+            num_samples: How many.
+            seed: Of the draws.
+            kwargs: Keyword arguments.
+        """
+        draws = self._latent(self.resample(num_samples, seed))
+        with seeded(torch.Generator().manual_seed(seed)), torch.no_grad():
+            found = Predictive(self._view.model, draws)(*args, **kwargs)
+        return {name: x.cpu().numpy() for name, x in found.items()}
+
+    def to_arviz(self, *, num_samples: int = 4000, log_likelihood: bool = False) -> Any:
+        """Resampled draws for ArviZ, in one chain.
+
+        Args:
+            num_samples: How many.
+            log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
+
+        Returns:
+            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp, the log of p, and log_weight,
+            that of p / q, by which draws were resampled) and log_likelihood.
+        """
+        return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
+
+    def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
+        draws, rows = self._latent(samples), []
+        view = self._view
+        for i in range(len(next(iter(draws.values())))):
+            with torch.no_grad(), poutine.condition(data={k: v[i] for k, v in draws.items()}), poutine.block():
+                trace = poutine.trace(view.model).get_trace(*view.args, **view.kwargs)
+                trace.compute_log_prob(lambda name, site: name not in draws)
+            rows.append({k: s["log_prob"] for k, s in trace.nodes.items() if k not in draws and "log_prob" in s})
+        return {name: np.stack([row[name].cpu().numpy() for row in rows]) for name in rows[0]}
+
+    def _latent(self, samples: dict[str, Array]) -> dict[str, Tensor]:
+        """The latent sites alone, as tensors of the model's own precision."""
+        return {k: torch.as_tensor(samples[k]).to(self.guide._layout.start) for k in self._view.precise.density.names}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the flow; draws and weights are made anew by `load`."""
+        files.write(path, self.guide._flow, self.variables, {"sites": self.guide._site_sizes})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Callable, *args: Any, num_samples: int = 10_000, **kwargs: Any
+    ) -> Posterior:
+        """Loads what `save` wrote, in either front: the model and its data are needed again.
+
+        Args:
+            path: The file.
+            model: The model.
+            args: Its arguments.
+            num_samples: Number of weighted draws.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            FlowFileError: the file is not whole, or does not fit the model's sites.
+        """
+        flow, arrays, _ = files.read(path)
+        AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
+        view = _View(model, args, kwargs, flow, init_to_median)
+        with view.precise.context():
+            variables = files.restore(arrays, view.guide._variables(), view.problem.like)
+            draws = sampler(view.problem)(variables, 0, num_samples)
+        return cls(view, Fit(variables, draws, [], [], None))
+
+
+class _View:
+    """A model with its data as a problem for a fit."""
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.precise = Precise(model, args, kwargs, init_loc_fn=init_loc_fn)
+        dim = self.precise.density.dim
+        self.guide = AutoFlow(model, default_flow(dim) if flow is None else flow, init_loc_fn=init_loc_fn)
+        self.guide.setup(*args, **kwargs)
+        start = self.precise.start
+        at = start.double().cpu().numpy()
+        angles: Array = np.repeat(self.guide._angles, self.guide._layout.sizes)
+        density = one_turn(self.precise, angles, at)
+        self.problem = Problem(
+            self.guide._flow, self.precise.density.log_prob, lambda seed: pathfinder(density, at, seed), start
+        )
+
+    def constrain(self, u: Array) -> dict[str, Array]:
+        """Values by site, deterministic sites included, at points `(n, dim)`."""
+
+        def part(u: Array) -> dict[str, Array]:
+            found = self.precise.density.constrain(torch.as_tensor(u).to(self.precise.start))
+            return {name: x.cpu().numpy() for name, x in found.items()}
+
+        with self.precise.context(), torch.no_grad():
+            return in_chunks(part, u)
+
+
+def _like(a: Any, like: Tensor) -> Tensor:
+    """A tensor on the device of `like`, and of its dtype if it is one of floats."""
+    a = torch.as_tensor(a)
+    return a.to(like) if a.is_floating_point() else a.to(like.device)
