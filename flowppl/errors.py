@@ -26,8 +26,12 @@ class UnsupportedFlowError(FlowpplError, ValueError):
     """A flow of another library is not one that guides and distributions over real vectors can take."""
 
 
+class SiteError(FlowpplError, ValueError):
+    """A name is not that of a site which the model has, or which can be what it was named for."""
+
+
 class NonFiniteError(FlowpplError, ValueError):
-    """The model's log density or its gradient is not finite where a method has to start."""
+    """A model's log density or gradient where a method has to start, its simulations, or data, are not finite."""
 
 
 class FlowFileError(FlowpplError, ValueError):

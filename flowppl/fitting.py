@@ -137,13 +137,13 @@ def in_chunks(function: Callable[[np.ndarray], dict[str, np.ndarray]], points: n
 
 
 @contextmanager
-def shown(options: Options, on: bool) -> Iterator[Callable[[Sequence[Record]], None]]:
-    """A progress bar over the steps of training, with the ELBO beside it."""
+def shown(options: Options, on: bool, objective: str = "ELBO") -> Iterator[Callable[[Sequence[Record]], None]]:
+    """A progress bar over the steps of training, with the objective beside it."""
     with tqdm(total=options.max_steps, disable=not on, unit="step") as bar:
 
         def progress(history: Sequence[Record]) -> None:
             record = history[-1]
-            bar.set_postfix_str(f"ELBO {record.elbo:.3f} ± {record.elbo_error:.3f}", refresh=False)
+            bar.set_postfix_str(f"{objective} {record.elbo:.3f} ± {record.elbo_error:.3f}", refresh=False)
             bar.update(options.chunk)
 
         yield progress

@@ -15,6 +15,7 @@ from flowppl.numpyro.files import load_flow, save_flow
 from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
+from flowppl.numpyro.npe import npe
 from flowppl.numpyro.posterior import Posterior, fit
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "flow_module",
     "from_flowjax",
     "load_flow",
+    "npe",
     "save_flow",
     "to_arviz",
 ]

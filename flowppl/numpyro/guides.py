@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
-from numpyro.distributions import biject_to
-from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_median, init_to_uniform
 
 from flowppl import flows
@@ -174,21 +172,8 @@ class AutoFlow(FlatGuide):
             DimensionError: a site is missing or has another shape.
         """
         self._require_prototype()
-        flat, log_det = {}, 0.0
-        for name in self._layout.names:
-            site = self.prototype_trace[name]
-            shape = jnp.shape(site["value"])
-            value = jnp.asarray(values[name]) if name in values else None
-            if value is None or value.shape[value.ndim - len(shape) :] != shape:
-                got = "none" if value is None else f"shape {value.shape}"
-                raise DimensionError(
-                    f"values[{name!r}]: expected shape (*batch, {', '.join(map(str, shape))}), got {got}"
-                )
-            transform = biject_to(site["fn"].support)
-            flat[name] = transform.inv(value)
-            term = transform.log_abs_det_jacobian(flat[name], value)
-            log_det = log_det + sum_rightmost(term, term.ndim - (value.ndim - len(shape)))
-        return self.get_posterior(params).log_prob(self._layout.pack(flat)) - log_det
+        u, log_det = self._layout.unconstrain(self.prototype_trace, values)
+        return self.get_posterior(params).log_prob(u) - log_det
 
     def save(self, path: str | os.PathLike[str], params: dict[str, Any]) -> None:
         """Saves the trained flow and the sites it covers; the file loads in both fronts."""

@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_uniform
 
-from flowppl.errors import UnsupportedModelError
+from flowppl.errors import DimensionError, UnsupportedModelError
 
 Array = Any
 Trace = dict[str, Any]
@@ -103,3 +104,24 @@ class Layout:
             values[name] = vector[..., start : start + size].reshape(*batch, *self.shapes[name])
             start += size
         return values
+
+    def unconstrain(self, sites: Trace, values: dict[str, Array]) -> tuple[Array, Array]:
+        """The flat vectors `(*batch, dim)` of constrained values `(*batch, *shape)`, and log |d value / d u| `(*batch,)`.
+
+        Raises:
+            DimensionError: a site is missing or has another shape.
+        """
+        flat, log_det = {}, 0.0
+        for name in self.names:
+            shape = jnp.shape(sites[name]["value"])
+            value = jnp.asarray(values[name]) if name in values else None
+            if value is None or value.shape[value.ndim - len(shape) :] != shape:
+                got = "none" if value is None else f"shape {value.shape}"
+                raise DimensionError(
+                    f"values[{name!r}]: expected shape (*batch, {', '.join(map(str, shape))}), got {got}"
+                )
+            transform = biject_to(sites[name]["fn"].support)
+            flat[name] = transform.inv(value)
+            term = transform.log_abs_det_jacobian(flat[name], value)
+            log_det = log_det + sum_rightmost(term, term.ndim - (value.ndim - len(shape)))
+        return self.pack(flat), log_det

@@ -14,6 +14,7 @@ from flowppl.pyro.export import to_arviz
 from flowppl.pyro.files import load_flow, save_flow
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
+from flowppl.pyro.npe import npe
 from flowppl.pyro.posterior import Posterior, fit
 from flowppl.pyro.zuko import from_zuko
 
@@ -27,6 +28,7 @@ __all__ = [
     "flow_module",
     "from_zuko",
     "load_flow",
+    "npe",
     "save_flow",
     "to_arviz",
 ]

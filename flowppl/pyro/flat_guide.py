@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from flowppl.errors import UnsupportedModelError
-from flowppl.pyro.sites import Layout, Unconstrain, hide_enumerated, start_from, subsampled
+from flowppl.pyro.sites import Layout, Unconstrain, hide_enumerated, moving_support, start_from, subsampled
 
 _NUMBERS: dict[str, itertools.count] = defaultdict(itertools.count)
 
@@ -88,10 +88,7 @@ class FlatGuide(AutoContinuous):
             self._require_source()[0](*args, **kwargs)
         for name, value in self._constrain(elsewhere).items():
             if not torch.allclose(value, seen.values[name], rtol=1e-3, equal_nan=True):
-                raise UnsupportedModelError(
-                    f"the support of site {name!r} depends on other latents, and Pyro's guides map onto a fixed one: "
-                    "sample a standardised variable, from Uniform(0, 1) say, and scale it with pyro.deterministic"
-                )
+                raise moving_support(name)
 
     def _init_loc(self) -> Tensor:
         return self._layout.start

@@ -11,7 +11,6 @@ import pyro
 import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
 
 from flowppl import flows, tree
 from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
@@ -218,20 +217,9 @@ class AutoFlow(FlatGuide):
         Raises:
             DimensionError: a site is missing or has another shape.
         """
-        variables, free, log_det = self._variables(), {}, 0.0
-        for name in self._layout.names:
-            site = self.prototype_trace.nodes[name]
-            shape, value = tuple(site["value"].shape), values.get(name)
-            if value is None or tuple(value.shape[value.dim() - len(shape) :]) != shape:
-                got = "none" if value is None else f"shape {tuple(value.shape)}"
-                raise DimensionError(
-                    f"values[{name!r}]: expected shape (*batch, {', '.join(map(str, shape))}), got {got}"
-                )
-            bijection = biject_to(site["fn"].support)
-            free[name] = bijection.inv(value)
-            term = bijection.log_abs_det_jacobian(free[name], value)
-            log_det = log_det + term.reshape((*value.shape[: value.dim() - len(shape)], -1)).sum(-1)
-        return self._flow.log_prob(variables, self._layout.pack(free)) - log_det
+        variables = self._variables()
+        u, log_det = self._layout.unconstrain(self.prototype_trace.nodes, values)
+        return self._flow.log_prob(variables, u) - log_det
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the trained flow and the sites it covers; the file loads in both fronts."""

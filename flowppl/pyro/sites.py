@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from flowppl.errors import UnsupportedModelError
+from flowppl.errors import DimensionError, UnsupportedModelError
 
 
 def is_latent(site: Any) -> bool:
@@ -54,6 +54,14 @@ def hide_enumerated(site: Any) -> bool:
     raise UnsupportedModelError(
         f"site {name!r} is discrete, and a flow covers continuous sites: enumerate it with config_enumerate(model) and "
         f"TraceEnum_ELBO, or hide it with poutine.block(model, hide=[{name!r}]) and give it a guide of its own"
+    )
+
+
+def moving_support(name: str) -> UnsupportedModelError:
+    """The error for a site whose support depends on other latents."""
+    return UnsupportedModelError(
+        f"the support of site {name!r} depends on other latents, and Pyro's guides map onto a fixed one: "
+        "sample a standardised variable, from Uniform(0, 1) say, and scale it with pyro.deterministic"
     )
 
 
@@ -117,6 +125,26 @@ class Layout:
         """`(*batch, dim)` from unconstrained values `(*batch, *shape)`."""
         parts = [free[name].reshape((*_batch(free[name], self.shapes[name]), -1)) for name in self.names]
         return torch.cat(parts, dim=-1)
+
+    def unconstrain(self, sites: dict[str, Any], values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The flat vectors `(*batch, dim)` of constrained values `(*batch, *shape)`, and log |d value / d u| `(*batch,)`.
+
+        Raises:
+            DimensionError: a site is missing or has another shape.
+        """
+        free, log_det = {}, 0.0
+        for name in self.names:
+            shape, value = tuple(sites[name]["value"].shape), values.get(name)
+            if value is None or tuple(value.shape[value.dim() - len(shape) :]) != shape:
+                got = "none" if value is None else f"shape {tuple(value.shape)}"
+                raise DimensionError(
+                    f"values[{name!r}]: expected shape (*batch, {', '.join(map(str, shape))}), got {got}"
+                )
+            bijection = biject_to(sites[name]["fn"].support)
+            free[name] = bijection.inv(value)
+            term = bijection.log_abs_det_jacobian(free[name], value)
+            log_det = log_det + term.reshape((*value.shape[: value.dim() - len(shape)], -1)).sum(-1)
+        return self.pack(free), log_det
 
 
 class Unconstrain(Messenger):
