@@ -19,6 +19,14 @@ __all__ = ["name", "rq_spline", "xp"]
 
 name = "jax"
 
+
+def machine() -> dict[str, str]:
+    """The version, devices and default float, to read; XLA does not tell its threads."""
+    devices = ", ".join(f"{d.platform}:{d.id} ({d.device_kind})" for d in jax.devices())
+    default = f"{xp.zeros(()).dtype} (jax_enable_x64 is {jax.config.jax_enable_x64})"
+    return {"jax": jax.__version__, "devices": devices, "default float": default}
+
+
 # Arrays
 
 

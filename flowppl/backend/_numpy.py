@@ -18,6 +18,12 @@ __all__ = ["call_external", "name", "xp"]
 name = "numpy"
 Array = np.ndarray
 
+
+def machine() -> dict[str, str]:
+    """The version, to read."""
+    return {"numpy": np.__version__}
+
+
 # Arrays
 
 

@@ -49,6 +49,16 @@ __all__ = [
 
 name = "torch"
 
+
+def machine() -> dict[str, str]:
+    """The version, devices, default float and threads, to read."""
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    threads = f"{torch.get_num_threads()} in an operation, {torch.get_num_interop_threads()} beside each other"
+    default = str(torch.get_default_dtype()).removeprefix("torch.")
+    return {"torch": torch.__version__, "devices": ", ".join(devices), "default float": default, "threads": threads}
+
+
 # Arrays
 
 

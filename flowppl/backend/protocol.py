@@ -21,6 +21,8 @@ class Backend(Protocol):
     name: str
     xp: Any  # the array_api_compat namespace
 
+    def machine(self) -> dict[str, str]: ...  # the framework's version, devices, default float and threads, to read
+
     # Arrays
     def stop(self, x: Tree) -> Tree: ...  # no derivative flows through (every leaf of a tree)
     def asarray(self, a: Any, like: Array | None = None) -> Array: ...  # dtype (floats only) and device of `like`

@@ -1,0 +1,124 @@
+"""Posteriors from simulations alone, against exact ones."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+from flowppl import flows
+from flowppl.errors import DimensionError, NonFiniteError, SiteError, UnsupportedModelError
+from flowppl.numpyro import npe
+from tests import conjugate
+
+SMALL = dict(flow=flows.affine(hidden=(32,)), embedding=0, num_simulations=200, max_steps=1, progress_bar=False)
+
+
+def line(y=None):
+    intercept = numpyro.sample("intercept", dist.Normal(0.0, 2.0))
+    slope = numpyro.sample("slope", dist.LogNormal(0.0, 1.0))
+    with numpyro.plate("data", 5):
+        numpyro.sample("y", dist.Normal(intercept + jnp.log(slope) * conjugate.T, conjugate.NOISE), obs=y)
+
+
+@pytest.fixture(scope="module")
+def amortized():
+    options = dict(flow=flows.affine(hidden=(32,)), embedding=0, num_simulations=20_000)
+    return npe(line, observed="y", max_steps=2000, learning_rate=5e-3, progress_bar=False, **options)
+
+
+def test_posterior_is_the_exact_one(amortized) -> None:
+    conjugate.check_posterior(amortized)
+
+
+def test_log_prob_is_the_exact_one(amortized) -> None:
+    conjugate.check_log_prob(amortized)
+
+
+def test_calibration_passes_and_sees_overconfidence(amortized) -> None:
+    conjugate.check_calibration(amortized)
+
+
+def test_two_runs_agree_and_seeds_matter(amortized) -> None:
+    again, other = (npe(line, observed="y", seed=seed, **SMALL).condition(np.zeros(5)).sample(5) for seed in (0, 1))
+    same = npe(line, observed=["y"], **SMALL).condition(np.zeros(5)).sample(5)
+    np.testing.assert_array_equal(again["slope"], same["slope"])
+    assert (again["slope"] != other["slope"]).all()
+
+
+def test_other_latents_are_averaged_over() -> None:
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        shift = numpyro.sample("shift", dist.Bernoulli(0.5))
+        noise = numpyro.sample("noise", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+        numpyro.deterministic("x", z + 5.0 * shift + noise)
+
+    with pytest.raises(UnsupportedModelError, match="'shift' is discrete.*`latents`"):
+        npe(model, observed="x", **SMALL)
+    found = npe(model, observed="x", latents="z", summary=lambda data: data["x"].mean(-1, keepdims=True), **SMALL)
+    assert set(found.condition(np.ones(3)).sample(4)) == {"z"}
+    assert found.scales[1].mean.shape == (1,)
+
+
+def test_network_and_matrices() -> None:
+    def model(y=None, count=None):
+        p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+        scale = numpyro.sample("scale", dist.HalfNormal(jnp.ones((2, 2))).to_event(2))
+        numpyro.sample("y", dist.Normal(0.0, scale).to_event(2), obs=y)
+        numpyro.sample("count", dist.Multinomial(10, p), obs=count)
+
+    options = {**SMALL, "flow": flows.nsf(layers=1, hidden=(8,)), "embedding": 4, "hidden": (8,)}
+    posterior = npe(model, observed=["y", "count"], **options).condition(
+        {"count": np.ones((6, 3)), "y": np.ones((6, 2, 2))}
+    )
+    draws = posterior.sample(7)
+    assert draws["p"].shape == (7, 6, 3) and draws["scale"].shape == (7, 6, 2, 2)
+    np.testing.assert_allclose(draws["p"].sum(-1), 1, rtol=1e-5)
+    log_q = posterior.log_prob(draws)
+    assert log_q.shape == (7, 6) and np.isfinite(log_q).all()
+
+
+def test_failed_simulations_are_dropped_and_counted() -> None:
+    def model(limit, y=None):
+        z = numpyro.sample("z", dist.Uniform(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.where(z < limit, jnp.nan, z), 1.0), obs=y)
+
+    found = npe(model, 0.2, observed="y", **SMALL)
+    assert 10 < found.num_dropped < 80  # 40, six standard deviations of which are 34
+    with pytest.raises(NonFiniteError, match="of 200 simulations are not finite"):
+        npe(model, 0.9, observed="y", **SMALL)
+
+
+def test_errors_name_the_site(amortized) -> None:
+    with pytest.raises(SiteError, match="no site 'x'; it has intercept, slope, y"):
+        npe(line, observed="x", **SMALL)
+    with pytest.raises(SiteError, match="'y' has a value already"):
+        npe(line, jnp.zeros(5), observed="y", **SMALL)
+    with pytest.raises(UnsupportedModelError, match="'y' has a value or is a factor"):
+        npe(line, jnp.zeros(5), observed="slope", **SMALL)
+    with pytest.raises(SiteError, match="latents: 'y' is not among"):
+        npe(line, observed="y", latents=["y"], **SMALL)
+    with pytest.raises(UnsupportedModelError, match="nothing to infer"):
+        npe(line, observed=["y", "slope", "intercept"], **SMALL)
+    with pytest.raises(DimensionError, match=r"data\['y'\]: expected shape \(\*batch, 5\), got \(4,\)"):
+        amortized.condition(np.zeros(4))
+    with pytest.raises(DimensionError, match="expected the sites y, got x"):
+        amortized.condition({"x": np.zeros(5)})
+    with pytest.raises(NonFiniteError, match="data: expected finite numbers"):
+        amortized.condition(np.full(5, np.nan))
+    with pytest.raises(DimensionError, match=r"values\['slope'\]: expected"):
+        amortized.condition(np.zeros(5)).log_prob({"intercept": np.zeros(3)})
+    with pytest.raises(DimensionError, match=r"summary: expected an array of shape \(200, num_features\)"):
+        npe(line, observed="y", summary=lambda data: data["y"].sum(), **SMALL)
+
+
+def test_supports_that_move_are_refused() -> None:
+    def model(y=None):
+        top = numpyro.sample("top", dist.HalfNormal(1.0))
+        numpyro.sample("below", dist.Uniform(0.0, top))
+        numpyro.sample("y", dist.Normal(top, 1.0), obs=y)
+
+    with pytest.raises(UnsupportedModelError, match="'below' depends on other latents"):
+        npe(model, observed="y", **SMALL)
