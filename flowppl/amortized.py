@@ -14,6 +14,7 @@ from flowppl.backend import backend_of
 from flowppl.bijections import bind
 from flowppl.diagnostics.calibration import Calibration
 from flowppl.errors import DimensionError, NonFiniteError
+from flowppl.fitting import shown
 from flowppl.flows import Flow, Recipe, part_of
 from flowppl.networks import MLP
 from flowppl.objectives.reverse_kl import Estimate
@@ -23,6 +24,7 @@ from flowppl.training import Options, Record, State, train
 
 Array = np.ndarray
 _HELD_OUT = 10  # every tenth simulation is for judging the others' fit
+_STEPS = 500  # between two looks at how it goes: the noise of held-out batches hides what fewer steps gain
 _TRAINING, _CALIBRATION, _DRAWS = range(3)  # streams of random numbers that one seed gives
 
 
@@ -163,25 +165,21 @@ class AmortizedPosterior:
 def amortize(
     simulator: Simulator,
     flow: str | Recipe | Flow,
+    *,
     embedding: int,
     hidden: Sequence[int],
     num_simulations: int,
     seed: int,
-    options: Options,
-    progress: Callable[[Sequence[Record]], None],
+    batch_size: int,
+    max_steps: int,
+    learning_rate: float,
+    progress_bar: bool,
 ) -> Amortized:
     """Simulates, standardises, and trains q(latents | data) by maximum likelihood; the best state by held-out simulations is kept.
 
-    Args:
-        simulator: The model.
-        flow: The flow.
-        embedding: Length of what a network makes of the data; 0 gives them to the flow as they are.
-        hidden: Widths of that network.
-        num_simulations: How many simulations.
-        seed: Of everything.
-        options: How to train, `num_particles` being the simulations of one step.
-        progress: Called after each chunk of steps.
+    See `npe` for the arguments.
     """
+    options = Options(batch_size, max_steps, learning_rate, chunk=min(_STEPS, max_steps))
     u, features, dropped = simulated(simulator, num_simulations, (seed, _TRAINING))
     scales = Scale.of(u), Scale.of(features)
     like = simulator.like
@@ -206,12 +204,13 @@ def amortize(
         keys = backend.split(rng, 2)
         batch = _choose(seen, keys[0], options.num_particles)
         _, grads = backend.value_and_grad(lambda p: -mean_log_q({**variables, "params": p}, batch), variables["params"])
-        value = mean_log_q(backend.stop(variables), _choose(held_out, keys[1], max(options.num_particles // 4, 1)))
+        value = mean_log_q(backend.stop(variables), _choose(held_out, keys[1], max(options.num_particles // 2, 1)))
         return Estimate(value, 0 * value, 0 * value, 0 * value), grads, control
 
     start = backend.jit(init)(backend.rng(seed_of(seed, _TRAINING), like))
     best = _Best(backend.jit(lambda params: mean_log_q({**start, "params": params}, held_out)))
-    _, history = train(gradient, start, seed, options, best, progress)
+    with shown(options, progress_bar, "log q") as progress:
+        _, history = train(gradient, start, seed, options, best, progress)
     variables = {**start, "params": best.params}
     each = _numpy(backend.jit(lambda v: log_prob(q, net, v, *held_out))(variables)) - np.log(scales[0].sd).sum()
     error = float(each.std() / np.sqrt(len(each)))

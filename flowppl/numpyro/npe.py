@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
 from flowppl.amortized import Amortized, amortize
 from flowppl.errors import DimensionError, UnsupportedModelError
-from flowppl.fitting import shown
 from flowppl.flows import Flow, Recipe
 from flowppl.numpyro.sites import Layout, Trace, is_latent, refuse_moving_supports
 from flowppl.simulations import Data, choose_sites, not_continuous
-from flowppl.training import Options
 
 Array = Any
 
@@ -87,10 +86,19 @@ def npe(
         >>> draws["mean"].shape, abs(draws["mean"].mean() - 1.0) < 0.2
         ((1000,), True)
     """
-    options = Options(batch_size, max_steps, learning_rate)
     simulator = _Simulator(model, args, kwargs, observed, latents, summary)
-    with shown(options, progress_bar, "log q") as progress:
-        return amortize(simulator, flow, embedding, hidden, num_simulations, seed, options, progress)
+    return amortize(
+        simulator,
+        flow,
+        embedding=embedding,
+        hidden=hidden,
+        num_simulations=num_simulations,
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        progress_bar=progress_bar,
+    )
 
 
 class _Simulator:
@@ -106,7 +114,7 @@ class _Simulator:
         summary: Callable | None,
     ) -> None:
         def run(key: Array) -> Trace:
-            with handlers.block():
+            with handlers.block(), numpyro.validation_enabled(False):  # what is not finite is dropped, not raised
                 return handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
 
         def simulate(key: Array) -> tuple[Array, dict[str, Array]]:

@@ -16,12 +16,10 @@ from torch.distributions import biject_to
 
 from flowppl.amortized import Amortized, amortize
 from flowppl.errors import DimensionError, UnsupportedModelError
-from flowppl.fitting import shown
 from flowppl.flows import Flow, Recipe
 from flowppl.pyro.density import seeded
 from flowppl.pyro.sites import Layout, hide_enumerated, is_latent, moving_support
 from flowppl.simulations import Data, choose_sites, not_continuous
-from flowppl.training import Options
 
 Array = np.ndarray
 Values = dict[str, Tensor]
@@ -94,11 +92,20 @@ def npe(
         >>> draws["mean"].shape, abs(draws["mean"].mean() - 1.0) < 0.2
         ((1000,), True)
     """
-    options = Options(batch_size, max_steps, learning_rate)
     with seeded(torch.Generator().manual_seed(seed)):
         simulator = _Simulator(model, args, kwargs, observed, latents, summary)
-    with shown(options, progress_bar, "log q") as progress:
-        return amortize(simulator, flow, embedding, hidden, num_simulations, seed, options, progress)
+    return amortize(
+        simulator,
+        flow,
+        embedding=embedding,
+        hidden=hidden,
+        num_simulations=num_simulations,
+        seed=seed,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        progress_bar=progress_bar,
+    )
 
 
 class _Simulator:
@@ -176,7 +183,7 @@ class _Simulator:
 
     @torch.no_grad()
     def _trace(self, model: Callable) -> dict[str, Any]:
-        with poutine.block():
+        with poutine.block(), pyro.validation_enabled(False):  # what is not finite is dropped, not raised
             nodes = poutine.trace(model).get_trace(*self._args, **self._kwargs).nodes
         return {name: s for name, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
 
@@ -219,7 +226,9 @@ def _same(both: Any, alone: Any, i: int) -> bool:
     """Whether a site is row i of one of two rows, as far as the parameters of its distribution tell."""
     rows, own = _parameters(both), _parameters(alone)
     return all(
-        torch.allclose(rows[k][i].reshape(x.shape) if rows[k].numel() == 2 * x.numel() else rows[k], x, rtol=1e-4)
+        torch.allclose(
+            rows[k][i].reshape(x.shape) if rows[k].numel() == 2 * x.numel() else rows[k], x, rtol=1e-4, equal_nan=True
+        )
         for k, x in own.items()
     )
 

@@ -41,40 +41,28 @@ def test_calibration_passes_and_sees_overconfidence(amortized) -> None:
     conjugate.check_calibration(amortized)
 
 
-def test_two_runs_agree_and_seeds_matter(amortized) -> None:
-    again, other = (npe(line, observed="y", seed=seed, **SMALL).condition(np.zeros(5)).sample(5) for seed in (0, 1))
-    same = npe(line, observed=["y"], **SMALL).condition(np.zeros(5)).sample(5)
-    np.testing.assert_array_equal(again["slope"], same["slope"])
-    assert (again["slope"] != other["slope"]).all()
-
-
-def test_other_latents_are_averaged_over() -> None:
-    def model():
-        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-        shift = numpyro.sample("shift", dist.Bernoulli(0.5))
-        noise = numpyro.sample("noise", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
-        numpyro.deterministic("x", z + 5.0 * shift + noise)
-
-    with pytest.raises(UnsupportedModelError, match="'shift' is discrete.*`latents`"):
-        npe(model, observed="x", **SMALL)
-    found = npe(model, observed="x", latents="z", summary=lambda data: data["x"].mean(-1, keepdims=True), **SMALL)
-    assert set(found.condition(np.ones(3)).sample(4)) == {"z"}
-    assert found.scales[1].mean.shape == (1,)
-
-
-def test_network_and_matrices() -> None:
+def test_constraints_networks_summaries_and_what_is_averaged_over() -> None:
     def model(y=None, count=None):
         p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
         scale = numpyro.sample("scale", dist.HalfNormal(jnp.ones((2, 2))).to_event(2))
-        numpyro.sample("y", dist.Normal(0.0, scale).to_event(2), obs=y)
+        shift = numpyro.sample("shift", dist.Bernoulli(0.5))
+        numpyro.sample("y", dist.Normal(1.0 * shift, scale).to_event(2), obs=y)
         numpyro.sample("count", dist.Multinomial(10, p), obs=count)
+        numpyro.deterministic("sum", shift + scale.sum((-1, -2)))
 
-    options = {**SMALL, "flow": flows.nsf(layers=1, hidden=(8,)), "embedding": 4, "hidden": (8,)}
-    posterior = npe(model, observed=["y", "count"], **options).condition(
-        {"count": np.ones((6, 3)), "y": np.ones((6, 2, 2))}
-    )
+    observed = ["y", "count", "sum"]
+    with pytest.raises(UnsupportedModelError, match=r"'shift' is discrete.*`latents`"):
+        npe(model, observed=observed, **SMALL)
+
+    def summary(data):
+        return jnp.concatenate([data["y"].sum(-1), data["count"], data["sum"][:, None]], -1)
+
+    options = {**SMALL, "embedding": 4, "hidden": (8,)}
+    found = npe(model, observed=observed, latents=["p", "scale"], summary=summary, **options)
+    assert found.scales[1].mean.shape == (6,)
+    posterior = found.condition({"count": np.ones((6, 3)), "sum": np.ones(6), "y": np.ones((6, 2, 2))})
     draws = posterior.sample(7)
-    assert draws["p"].shape == (7, 6, 3) and draws["scale"].shape == (7, 6, 2, 2)
+    assert draws["p"].shape == (7, 6, 3) and draws["scale"].shape == (7, 6, 2, 2) and len(draws) == 2
     np.testing.assert_allclose(draws["p"].sum(-1), 1, rtol=1e-5)
     log_q = posterior.log_prob(draws)
     assert log_q.shape == (7, 6) and np.isfinite(log_q).all()
