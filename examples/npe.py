@@ -44,9 +44,10 @@ def main() -> None:
     """Simulates, trains, tests, prints and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ppl", choices=["numpyro", "pyro"], default="numpyro")
-    parser.add_argument("--simulations", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=10_000, help="of training, at most")
+    parser.add_argument("--simulations", type=int, default=200_000)
+    parser.add_argument("--steps", type=int, default=20_000, help="of training, at most")
     parser.add_argument("--replications", type=int, default=1000, help="of the test of calibration")
+    parser.add_argument("--nuts", action="store_true", help="NUTS over parameters and paths beside it, in NumPyro")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="the folder of the picture")
     options = parser.parse_args()
 
@@ -58,6 +59,8 @@ def main() -> None:
         observed="pelts",
         latents=list(PRIORS),  # not the noise of the paths, which is averaged over
         summary=lambda data: log(data["pelts"] + 0.1).reshape(len(data["pelts"]), -1),
+        embedding=32,
+        hidden=(128, 128),
         num_simulations=options.simulations,
         max_steps=options.steps,
     )
@@ -67,6 +70,8 @@ def main() -> None:
     print("held-out log q {:.2f} ± {:.2f}".format(*amortized.held_out))
     draws = amortized.condition(pelts).sample(4000)
     table(draws, amortized.calibration(options.replications, seed=1))
+    if options.nuts:
+        by_nuts(pelts)
     picture(years, pelts, predict(draws), options.output / "npe.png")
 
 
@@ -80,6 +85,20 @@ def table(draws: dict[str, np.ndarray], calibration: Any) -> None:
         x = draws[name]
         print(f"{name:11}{PRIORS[name][0]:13.3g}{x.mean():8.3f}{x.std():8.3f}{p:14.3f}{half:8.1%}{most:8.1%}")
     print(f"{'error of':32}{'':>8}{'':>14}{_error(0.5, calibration):8.1%}{_error(0.9, calibration):8.1%}")
+
+
+def by_nuts(pelts: np.ndarray) -> None:
+    """Prints the posterior by a chain over the parameters and the 400 kicks of a path, which this model still allows."""
+    import jax
+    from numpyro.diagnostics import summary
+    from numpyro.infer import MCMC, NUTS
+
+    mcmc = MCMC(NUTS(in_numpyro()[0], max_tree_depth=8), num_warmup=1500, num_samples=5000, progress_bar=False)
+    mcmc.run(jax.random.key(1), pelts)
+    found = summary({name: mcmc.get_samples(group_by_chain=True)[name] for name in sorted(PRIORS)})
+    print(f"{'NUTS':24}{'mean':>8}{'sd':>8}{'effective draws':>18}")
+    for name, row in found.items():
+        print(f"{name:24}{row['mean']:8.3f}{row['std']:8.3f}{row['n_eff']:18.0f}")
 
 
 def _error(level: float, calibration: Any) -> float:

@@ -12,15 +12,17 @@ import numpy as np
 from flowppl import flows, tree
 from flowppl.backend import backend_of
 from flowppl.bijections import bind
-from flowppl.diagnostics.calibration import Calibration
+from flowppl.diagnostics import Calibration
 from flowppl.errors import DimensionError, NonFiniteError
 from flowppl.fitting import shown
 from flowppl.flows import Flow, Recipe, part_of
 from flowppl.networks import MLP
 from flowppl.objectives.reverse_kl import Estimate
 from flowppl.posterior import coordinates
-from flowppl.simulations import Data, Scale, Simulator, seed_of, simulated
+from flowppl.simulations import Data, Scale, Simulator, features_of, seed_of, simulated
 from flowppl.training import Options, Record, State, train
+
+__all__ = ["Amortized", "AmortizedPosterior", "amortize"]
 
 Array = np.ndarray
 _HELD_OUT = 10  # every tenth simulation is for judging the others' fit
@@ -64,7 +66,7 @@ class Amortized:
         """
         arrays, batch = self._checked(data)
         flat = {name: a.reshape(-1, *self.simulator.data_shapes[name]) for name, a in arrays.items()}
-        features = self.simulator.features(flat)
+        features = features_of(self.simulator, flat)
         if not np.isfinite(features).all():
             raise NonFiniteError("data: expected finite numbers, got NaN or infinity; impute them, or use a summary")
         return AmortizedPosterior(self, features.reshape(*batch, -1))
@@ -109,15 +111,13 @@ class Amortized:
         """Compiled once: base draws `(*shape, dim)` and features `(*batch, n)` to standardised latents."""
         return backend_of(self.simulator.like).jit(
             lambda variables, z, x: (
-                self.flow.push(part_of(variables, "flow"), z, context(self.net, variables["params"], x)).x
+                self.flow.push(part_of(variables, "flow"), z, _context(self.net, variables["params"], x)).x
             )
         )
 
     @cached_property
     def _log_prob(self) -> Callable:
-        return backend_of(self.simulator.like).jit(
-            lambda variables, u, x: log_prob(self.flow, self.net, variables, u, x)
-        )
+        return backend_of(self.simulator.like).jit(lambda variables, u, x: _log_q(self.flow, self.net, variables, u, x))
 
 
 class AmortizedPosterior:
@@ -178,7 +178,12 @@ def amortize(
     """Simulates, standardises, and trains q(latents | data) by maximum likelihood; the best state by held-out simulations is kept.
 
     See `npe` for the arguments.
+
+    Raises:
+        ValueError: there are fewer than 20 simulations.
     """
+    if num_simulations < 2 * _HELD_OUT:
+        raise ValueError(f"num_simulations must be at least {2 * _HELD_OUT}, got {num_simulations}")
     options = Options(batch_size, max_steps, learning_rate, chunk=min(_STEPS, max_steps))
     u, features, dropped = simulated(simulator, num_simulations, (seed, _TRAINING))
     scales = Scale.of(u), Scale.of(features)
@@ -197,7 +202,7 @@ def amortize(
         return {"params": {"flow": made["params"], "net": weights}, "const": {"flow": made["const"], "net": {}}}
 
     def mean_log_q(variables: dict[str, Any], rows: list) -> Any:
-        return backend.xp.mean(log_prob(q, net, variables, *rows))
+        return backend.xp.mean(_log_q(q, net, variables, *rows))
 
     def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Any) -> Any:
         # The record's objective is that of held-out simulations, so training sees when it no longer learns what is general.
@@ -212,7 +217,7 @@ def amortize(
     with shown(options, progress_bar, "log q") as progress:
         _, history = train(gradient, start, seed, options, best, progress)
     variables = {**start, "params": best.params}
-    each = _numpy(backend.jit(lambda v: log_prob(q, net, v, *held_out))(variables)) - np.log(scales[0].sd).sum()
+    each = _numpy(backend.jit(lambda v: _log_q(q, net, v, *held_out))(variables)) - np.log(scales[0].sd).sum()
     error = float(each.std() / np.sqrt(len(each)))
     return Amortized(simulator, q, net, variables, scales, history, (float(each.mean()), error), dropped)
 
@@ -232,14 +237,14 @@ class _Best:
             self._highest, self.params = score, state.average
 
 
-def context(net: MLP | None, params: dict[str, Any], x: Any) -> Any:
+def _context(net: MLP | None, params: dict[str, Any], x: Any) -> Any:
     """What the flow is conditioned on, `(*batch, context_dim)`, from standardised features."""
     return x if net is None else backend_of(x).xp.moveaxis(net(params["net"], x), 0, -1)
 
 
-def log_prob(flow: Flow, net: MLP | None, variables: dict[str, Any], u: Any, x: Any) -> Any:
+def _log_q(flow: Flow, net: MLP | None, variables: dict[str, Any], u: Any, x: Any) -> Any:
     """Log density of standardised latents `(*batch, dim)` given standardised features, `(*batch,)`."""
-    return flow.log_prob(part_of(variables, "flow"), u, context(net, variables["params"], x))
+    return flow.log_prob(part_of(variables, "flow"), u, _context(net, variables["params"], x))
 
 
 def _choose(rows: list, rng: Any, num: int) -> list:

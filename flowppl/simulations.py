@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from flowppl.errors import NonFiniteError, SiteError, UnsupportedModelError
+from flowppl.errors import DimensionError, NonFiniteError, SiteError, UnsupportedModelError
 
 Array = np.ndarray
 Data = dict[str, Array]
@@ -21,14 +21,15 @@ class Simulator(Protocol):
         shapes: Unconstrained shapes of the latents, in the order of their names.
         data_shapes: Shapes of the observed sites, likewise.
         like: An array whose dtype and device the flow takes.
+        summary: From data `(n, *shape)` by site to features `(n, num_features)`; None for the data, flat.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     data_shapes: Mapping[str, tuple[int, ...]]
     like: Any
+    summary: Callable[[Data], Array] | None
 
     def simulate(self, seed: int, n: int) -> tuple[Array, Data]: ...  # unconstrained latents (n, dim), data (n, *shape)
-    def features(self, data: Data) -> Array: ...  # (n, num_features)
     def constrain(self, u: Array) -> Data: ...  # (*batch, dim) to (*batch, *shape) by site
     def unconstrain(self, values: Data) -> tuple[Array, Array]: ...  # the way back, and its log-determinant
 
@@ -95,6 +96,21 @@ def not_continuous(name: str) -> UnsupportedModelError:
     )
 
 
+def features_of(simulator: Simulator, data: Data) -> Array:
+    """What a flow sees of data `(n, *shape)`, `(n, num_features)`.
+
+    Raises:
+        DimensionError: the summary has another shape.
+    """
+    n = len(next(iter(data.values())))
+    if simulator.summary is None:
+        return np.concatenate([np.reshape(data[name], (n, -1)) for name in simulator.data_shapes], axis=-1)
+    features = simulator.summary(data)
+    if features.ndim != 2 or len(features) != n:
+        raise DimensionError(f"summary: expected an array of shape ({n}, num_features), got {features.shape}")
+    return features
+
+
 def simulated(simulator: Simulator, num: int, stream: tuple[int, ...]) -> tuple[Array, Array, int]:
     """Latents `(n, dim)` and features `(n, num_features)` of those simulations that are finite, and the number of others.
 
@@ -105,7 +121,7 @@ def simulated(simulator: Simulator, num: int, stream: tuple[int, ...]) -> tuple[
     parts = []
     for i in range(-(-num // size)):
         u, data = simulator.simulate(seed_of(*stream, i), size)
-        parts.append((u, simulator.features(data)))
+        parts.append((u, features_of(simulator, data)))
     u, features = (np.concatenate([np.asarray(part[k], np.float64) for part in parts])[:num] for k in (0, 1))
     fine = np.isfinite(u).all(-1) & np.isfinite(features).all(-1)
     if fine.sum() < num / 2:

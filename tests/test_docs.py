@@ -45,6 +45,14 @@ def test_other_libraries(front: str, library: str, tmp_path: Path) -> None:
     _run(script, tmp_path, steps=300)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("front", FRONTS)
+def test_npe(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    (script,) = _blocks("docs/npe.md", front)
+    _run(script.replace("calibration(1000", "calibration(20"), tmp_path, steps=6000)
+
+
 def _blocks(page: str, front: str) -> list[str]:
     """The Python blocks in the tabs of one front."""
     tabs = re.split(r'^=== "(\w+)"\n', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]

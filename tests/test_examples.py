@@ -67,3 +67,13 @@ def test_gallery(tmp_path: Path) -> None:
     options = "--framework", "torch", "--steps", 2, "--output", tmp_path
     _run(tmp_path, EXAMPLES / "gallery.py", *options, "--only", *names)
     assert all(2_000 < (tmp_path / f"{name}.png").stat().st_size < 40_000 for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ppl", ["numpyro", "pyro"])
+def test_npe(ppl: str, tmp_path: Path) -> None:
+    for package in (ppl, "matplotlib"):
+        pytest.importorskip(package)
+    options = "--simulations", 200, "--steps", 1, "--replications", 50, "--output", tmp_path
+    _run(tmp_path, EXAMPLES / "npe.py", "--ppl", ppl, *options)
+    assert (tmp_path / "npe.png").stat().st_size > 10_000

@@ -54,6 +54,7 @@ def test_files_agree() -> None:
         "fit",
         "flow_module",
         "load_flow",
+        "npe",
         "save_flow",
         "to_arviz",
     ],

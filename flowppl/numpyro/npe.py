@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 
 from flowppl.amortized import Amortized, amortize
-from flowppl.errors import DimensionError, UnsupportedModelError
+from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
 from flowppl.numpyro.sites import Layout, Trace, is_latent, refuse_moving_supports
 from flowppl.simulations import Data, choose_sites, not_continuous
@@ -137,10 +137,13 @@ class _Simulator:
                 raise not_continuous(name)
         self._sites = {name: here[name] for name in names}
         refuse_moving_supports(self._sites, elsewhere)
-        self._layout, self._summary = Layout(_free(here, names)), summary
+        self._layout = Layout(_free(here, names))
         self.shapes: Mapping[str, tuple[int, ...]] = self._layout.shapes
         self.data_shapes: Mapping[str, tuple[int, ...]] = {name: jnp.shape(here[name]["value"]) for name in data}
         self.like = jnp.zeros_like(self._layout.pack(_free(here, names)))
+        self.summary: Callable[[Data], np.ndarray] | None = summary and (
+            lambda data: np.asarray(summary(jax.tree.map(jnp.asarray, data)))
+        )
         self._run = jax.jit(jax.vmap(simulate))
         self._constrain = jax.jit(self._values)
 
@@ -148,16 +151,6 @@ class _Simulator:
         """See `flowppl.simulations.Simulator`."""
         u, data = self._run(jax.random.split(jax.random.key(seed), n))
         return np.asarray(u), jax.tree.map(np.asarray, data)
-
-    def features(self, data: Data) -> np.ndarray:
-        """See `flowppl.simulations.Simulator`."""
-        n = len(next(iter(data.values())))
-        if self._summary is None:
-            return np.concatenate([np.reshape(data[name], (n, -1)) for name in self.data_shapes], axis=-1)
-        features = np.asarray(self._summary({name: jnp.asarray(a) for name, a in data.items()}))
-        if features.ndim != 2 or len(features) != n:
-            raise DimensionError(f"summary: expected an array of shape ({n}, num_features), got {features.shape}")
-        return features
 
     def constrain(self, u: np.ndarray) -> Data:
         """See `flowppl.simulations.Simulator`."""

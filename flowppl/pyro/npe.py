@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from flowppl.amortized import Amortized, amortize
-from flowppl.errors import DimensionError, UnsupportedModelError
+from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
 from flowppl.pyro.density import seeded
 from flowppl.pyro.sites import Layout, hide_enumerated, is_latent, moving_support
@@ -120,7 +120,7 @@ class _Simulator:
         latents: Any,
         summary: Callable | None,
     ) -> None:
-        self._model, self._args, self._kwargs, self._summary = model, args, kwargs, summary
+        self._model, self._args, self._kwargs = model, args, kwargs
         try:
             here, elsewhere = self._trace(model), self._trace(model)
         except NotImplementedError as error:
@@ -139,6 +139,7 @@ class _Simulator:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(self._layout.shapes[name]) for name in names}
         self.data_shapes: Mapping[str, tuple[int, ...]] = {name: tuple(here[name]["value"].shape) for name in data}
         self.like = torch.zeros_like(self._layout.start)
+        self.summary = summary and self._in_numpy(summary)
         self._shapes = {name: site["value"].shape for name, site in here.items()}
         self._values = self._together
         if not self._agrees():
@@ -156,17 +157,6 @@ class _Simulator:
         u, _ = self._layout.unconstrain(self._sites, values)
         return u.cpu().numpy(), {name: values[name].cpu().numpy() for name in self.data_shapes}
 
-    def features(self, data: Data) -> Array:
-        """See `flowppl.simulations.Simulator`."""
-        n = len(next(iter(data.values())))
-        if self._summary is None:
-            return np.concatenate([np.reshape(data[name], (n, -1)) for name in self.data_shapes], axis=-1)
-        with torch.no_grad():
-            features = self._summary({name: self._tensor(name, a) for name, a in data.items()}).cpu().numpy()
-        if features.ndim != 2 or len(features) != n:
-            raise DimensionError(f"summary: expected an array of shape ({n}, num_features), got {features.shape}")
-        return features
-
     def constrain(self, u: Array) -> Data:
         """See `flowppl.simulations.Simulator`."""
         free = self._layout.unpack(torch.as_tensor(u).to(self.like))
@@ -177,6 +167,13 @@ class _Simulator:
         tensors = {name: self._tensor(name, a) for name, a in values.items() if name in self._sites}
         u, log_det = self._layout.unconstrain(self._sites, tensors)
         return u.cpu().numpy(), torch.as_tensor(log_det).cpu().numpy()
+
+    def _in_numpy(self, summary: Callable) -> Callable[[Data], Array]:
+        @torch.no_grad()
+        def function(data: Data) -> Array:
+            return summary({name: self._tensor(name, a) for name, a in data.items()}).cpu().numpy()
+
+        return function
 
     def _tensor(self, name: str, a: Array) -> Tensor:
         return torch.as_tensor(a).to(self._sites[name]["value"])

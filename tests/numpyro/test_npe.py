@@ -47,7 +47,7 @@ def test_constraints_networks_summaries_and_what_is_averaged_over() -> None:
         scale = numpyro.sample("scale", dist.HalfNormal(jnp.ones((2, 2))).to_event(2))
         shift = numpyro.sample("shift", dist.Bernoulli(0.5))
         numpyro.sample("y", dist.Normal(1.0 * shift, scale).to_event(2), obs=y)
-        numpyro.sample("count", dist.Multinomial(10, p), obs=count)
+        numpyro.sample("count", dist.Poisson(10.0 * p).to_event(1), obs=count)
         numpyro.deterministic("sum", shift + scale.sum((-1, -2)))
 
     observed = ["y", "count", "sum"]

@@ -52,7 +52,7 @@ def test_constraints_networks_summaries_and_what_is_averaged_over() -> None:
         scale = pyro.sample("scale", dist.HalfNormal(torch.ones((2, 2))).to_event(2))
         shift = pyro.sample("shift", dist.Bernoulli(0.5))
         pyro.sample("y", dist.Normal(shift[..., None, None], scale).to_event(2), obs=y)
-        pyro.sample("count", dist.Multinomial(10, p), obs=count)
+        pyro.sample("count", dist.Poisson(10.0 * p).to_event(1), obs=count)
         pyro.deterministic("sum", shift + scale.sum((-1, -2)))
 
     observed = ["y", "count", "sum"]
