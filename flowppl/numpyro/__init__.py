@@ -15,8 +15,8 @@ from flowppl.numpyro.files import load_flow, save_flow
 from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
-from flowppl.numpyro.npe import npe
 from flowppl.numpyro.posterior import Posterior, fit
+from flowppl.numpyro.simulator import npe
 
 __all__ = [
     "AutoFlow",

@@ -14,8 +14,8 @@ from flowppl.pyro.export import to_arviz
 from flowppl.pyro.files import load_flow, save_flow
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
-from flowppl.pyro.npe import npe
 from flowppl.pyro.posterior import Posterior, fit
+from flowppl.pyro.simulator import npe
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [

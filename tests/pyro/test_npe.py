@@ -47,25 +47,25 @@ def test_calibration_passes_and_sees_overconfidence(amortized) -> None:
 
 
 def test_constraints_networks_summaries_and_what_is_averaged_over() -> None:
-    def model(y=None, count=None):
+    def model(y=None, share=None):
         p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
         scale = pyro.sample("scale", dist.HalfNormal(torch.ones((2, 2))).to_event(2))
         shift = pyro.sample("shift", dist.Bernoulli(0.5))
         pyro.sample("y", dist.Normal(shift[..., None, None], scale).to_event(2), obs=y)
-        pyro.sample("count", dist.Poisson(10.0 * p).to_event(1), obs=count)
+        pyro.sample("share", dist.Normal(p, 0.1).to_event(1), obs=share)
         pyro.deterministic("sum", shift + scale.sum((-1, -2)))
 
-    observed = ["y", "count", "sum"]
+    observed = ["y", "share", "sum"]
     with pytest.raises(UnsupportedModelError, match=r"'shift' is discrete.*`latents`"):
         npe(model, observed=observed, **SMALL)
 
     def summary(data):
-        return torch.cat([data["y"].sum(-1), data["count"], data["sum"][:, None]], -1)
+        return torch.cat([data["y"].sum(-1), data["share"], data["sum"][:, None]], -1)
 
     options = {**SMALL, "embedding": 4, "hidden": (8,)}
     found = npe(model, observed=observed, latents=["p", "scale"], summary=summary, **options)
     assert found.scales[1].mean.shape == (6,)
-    posterior = found.condition({"count": np.ones((6, 3)), "sum": np.ones(6), "y": np.ones((6, 2, 2))})
+    posterior = found.condition({"share": np.ones((6, 3)), "sum": np.ones(6), "y": np.ones((6, 2, 2))})
     draws = posterior.sample(7)
     assert draws["p"].shape == (7, 6, 3) and draws["scale"].shape == (7, 6, 2, 2) and len(draws) == 2
     np.testing.assert_allclose(draws["p"].sum(-1), 1, rtol=1e-5)
