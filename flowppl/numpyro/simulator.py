@@ -83,8 +83,8 @@ def npe(
         ...     model, observed="y", flow=flows.affine(hidden=(16,)), embedding=0, max_steps=500, progress_bar=False
         ... )
         >>> draws = amortized.condition(2.0).sample(1000)
-        >>> draws["mean"].shape, abs(draws["mean"].mean() - 1.0) < 0.2
-        ((1000,), True)
+        >>> draws["mean"].shape, round(float(draws["mean"].mean()), 1)
+        ((1000,), 1.0)
     """
     simulator = _Simulator(model, args, kwargs, observed, latents, summary)
     return amortize(
