@@ -12,7 +12,7 @@ import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
-from flowppl.amortized import Amortized, amortize
+from flowppl.npe import Amortized, amortize
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
 from flowppl.numpyro.sites import Layout, Trace, is_latent, refuse_moving_supports

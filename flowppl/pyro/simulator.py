@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from flowppl.amortized import Amortized, amortize
+from flowppl.npe import Amortized, amortize
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
 from flowppl.pyro.density import seeded
