@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,9 +101,8 @@ def fit_flow(
         normal = problem.normal(own)
         modes += normal.others
         memory = checkpoint and Checkpoint(f"{checkpoint}.{i}" if i else checkpoint, _task(problem, own, options))
-        runs.append(
-            _run(problem, normal, own, options, lambda v: draw(v, own, num_samples), warm, memory or None, progress)
-        )  # noqa: B023
+        weigh = partial(draw, seed=own, n=num_samples)
+        runs.append(_run(problem, normal, own, options, weigh, warm, memory or None, progress))
     best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
     fit = runs.pop(best)
     others = [draw(_as_flow(problem, mode), seed, num_samples) for mode in modes]
