@@ -3,10 +3,12 @@
     python -m benchmarks.posteriors.references [names]
 
 Writes `references/<name>.json`. Where a prior depends on other latents the long run is of a non-centred form, mapped back to
-the sites of the model; runs of up to 31 dimensions have a dense mass matrix. A file holds, for each site, the mean, the standard
-deviation and three quantiles of each element, and mean and standard deviation in unconstrained space (`free_mean`, `free_sd`),
-which exist even where a scale's tails are too heavy for them. `rhat` and `ess_bulk` are the worst over all elements, and `usable`
-says whether to judge by the file.
+the sites of the model. Runs of up to 31 dimensions have a dense mass matrix; two regressions are so badly scaled that it cannot be
+learnt, and have the Hessian at the mode.
+
+A file holds, for each site, the mean, the standard deviation and three quantiles of each element, and mean and standard deviation
+in unconstrained space (`free_mean`, `free_sd`), which exist even where a scale's tails are too heavy for them. `rhat` and
+`ess_bulk` are the worst over all elements, and `usable` says whether to judge by the file.
 
 The plain run is NumPyro's default in float32: four chains in sequence, 1000 steps of warm-up, 1000 draws. `nuts_seconds` includes
 compilation; `nuts_mean_error` is its largest error of a mean, in reference standard deviations, in unconstrained space.
@@ -27,10 +29,11 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
 from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.reparam import LocScaleReparam, Reparam
-from numpyro.infer.util import unconstrain_fn
+from numpyro.infer.util import initialize_model, unconstrain_fn
 
 from benchmarks import posteriors
 
@@ -56,15 +59,43 @@ NON_CENTRED: dict[str, dict[str, Reparam]] = {
     "seeds": {"logit": LocScaleReparam(0)},
 }
 
+SCALED_BY_HESSIAN = {"huron", "longley"}
+
+
+def mode_and_covariance(name: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Starts for each chain, about the mode in unconstrained space, and the inverse of the Hessian there (Levenberg-Marquardt)."""
+    arrays = tuple(map(jax.numpy.asarray, posteriors.load(name)))
+    info = initialize_model(jax.random.key(0), posteriors.numpyro_model(name), model_args=arrays)
+    u, unravel = ravel_pytree(info.param_info.z)
+    value = jax.jit(lambda u: info.potential_fn(unravel(u)))
+    slope, hessian = jax.jit(jax.grad(value)), jax.jit(jax.hessian(value))
+    damping = 1.0
+    for _ in range(500):
+        curvature = hessian(u)
+        scale = jax.numpy.sqrt(jax.numpy.abs(jax.numpy.diag(curvature)))
+        scaled = curvature / scale / scale[:, None]
+        step = jax.numpy.linalg.solve(scaled + damping * jax.numpy.eye(len(u)), slope(u) / scale) / scale
+        better = bool(value(u - step) < value(u))
+        u, damping = (u - step, damping / 5.0) if better else (u, damping * 5.0)
+        damping = min(max(damping, 1e-12), 1e12)
+    covariance = jax.numpy.linalg.inv(scaled) / scale / scale[:, None]
+    noise = jax.random.normal(jax.random.key(1), (CHAINS, len(u)))
+    starts = u + 2.0 * noise @ jax.numpy.linalg.cholesky(covariance).T
+    return jax.vmap(unravel)(starts), covariance
+
 
 def long_run(name: str) -> tuple[Draws, dict]:
     """Draws `(chain, draw, ...)` of the model's sites, and how they were made."""
     non_centred = NON_CENTRED.get(name, {})
     target = 0.99 if non_centred else 0.95
+    scaled = name in SCALED_BY_HESSIAN
+    starts, covariance = mode_and_covariance(name) if scaled else (None, None)
     kernel = NUTS(
         reparam(posteriors.numpyro_model(name), config=non_centred),
         target_accept_prob=target,
         dense_mass=posteriors.POSTERIORS[name].dim <= DENSE_UP_TO,
+        inverse_mass_matrix=covariance,
+        adapt_mass_matrix=not scaled,
     )
     return _run(
         kernel,
@@ -78,7 +109,9 @@ def long_run(name: str) -> tuple[Draws, dict]:
             "draws": DRAWS,
             "target_accept": target,
             "dense_mass": kernel._dense_mass is True,
+            "scaled_by_hessian": scaled,
         },
+        starts,
     )
 
 
@@ -92,7 +125,9 @@ def plain_run(name: str) -> tuple[Draws, dict]:
     return found, json.loads(str(found.pop("about")))
 
 
-def _run(kernel: NUTS, name: str, warmup: int, draws: int, about: dict) -> tuple[Draws, dict]:
+def _run(
+    kernel: NUTS, name: str, warmup: int, draws: int, about: dict, starts: dict | None = None
+) -> tuple[Draws, dict]:
     arrays = posteriors.load(name)
     start = time.perf_counter()
     mcmc = MCMC(
@@ -103,7 +138,8 @@ def _run(kernel: NUTS, name: str, warmup: int, draws: int, about: dict) -> tuple
         chain_method="sequential",
         progress_bar=False,
     )
-    mcmc.run(jax.random.key(20), *map(jax.numpy.asarray, arrays), extra_fields=("diverging", "num_steps"))
+    fields = ("diverging", "num_steps")
+    mcmc.run(jax.random.key(20), *map(jax.numpy.asarray, arrays), extra_fields=fields, init_params=starts)
     samples, extra = jax.block_until_ready((mcmc.get_samples(group_by_chain=True), mcmc.get_extra_fields()))
     seconds = time.perf_counter() - start
     about = {
