@@ -53,14 +53,14 @@ class Fit(NamedTuple):
         draws: Its draws with log-weights.
         others: Those of other runs and modes that were found.
         history: What each chunk of steps showed.
-        start: What draws of the normal at the start say.
+        start: Draws of the normal at the start, or of the fit that it went on from.
     """
 
     variables: dict[str, Any]
     draws: Draws
     others: list[Draws]
     history: list[Record]
-    start: Evidence | None
+    start: Draws | None
 
 
 def default_flow(dim: int) -> Recipe:
@@ -186,7 +186,7 @@ def _run(
     after = draw(trained)
     if not _evidence(after).elbo >= _evidence(before).elbo:
         trained, after = start, before
-    return Fit(trained, after, [], history, _evidence(before))
+    return Fit(trained, after, [], history, before)
 
 
 def _missed(problem: Problem, fit: Fit, others: list[Draws]) -> list[Draws]:

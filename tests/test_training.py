@@ -18,14 +18,16 @@ from flowppl.laplace import NormalApproximation
 from flowppl.objectives.reverse_kl import Control, no_control, reverse_kl
 from flowppl.training import Move, Options, Record, plan, train
 
+CONSTANT = Move(1.0)
+LONG = Options(max_steps=100_000)
 SMALL = Options(num_particles=16, max_steps=40, chunk=10)
 
 
-def record(move=Move(1.0), elbo=0.0, error=0.1, fisher=1.0, kept=True):
+def record(move=CONSTANT, elbo=0.0, error=0.1, fisher=1.0, kept=True):
     return Record(move, elbo, error, fisher, 0.1, 0.0, 0, 0.0, kept)
 
 
-def moves(elbos, options=Options(max_steps=100_000)):
+def moves(elbos, options=LONG):
     """The plan's moves for a course of ELBOs, and the records; the last ELBO goes on for ever."""
     history = []
     while move := plan(history, options):
@@ -170,7 +172,7 @@ def test_a_banana_is_learned(backend):
     options = Options(num_particles=64, max_steps=400, chunk=50, learning_rate=1e-2)
     fit = fit_flow(problem(backend, flows.nsf(layers=2, hidden=(8,), bins=4)), 0, options, num_samples=2000)
     log_w = fit.draws[1] - math.log(2 * math.pi)
-    assert np.mean(log_w) > -0.03 > fit.start.elbo - math.log(2 * math.pi) + 0.05
+    assert np.mean(log_w) > -0.03 > np.mean(fit.start[1]) - math.log(2 * math.pi) + 0.05
     assert fit.history[-1].move.end == pytest.approx(1.0)
 
 
@@ -178,7 +180,7 @@ def test_it_is_never_behind_its_start(backend):
     """With steps so large that every chunk ruins the flow, the start is what is left."""
     options = Options(num_particles=8, max_steps=20, chunk=10, optimizer=optim.adam(3.0))
     fit = fit_flow(problem(backend), 0, options, num_samples=500)
-    assert np.mean(fit.draws[1]) >= fit.start.elbo - 1e-9
+    assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
 
 
 def test_a_mode_that_the_flow_misses_is_kept(backend):
@@ -198,7 +200,7 @@ def test_restarts_keep_the_best(backend):
     starts = iter([NormalApproximation(np.zeros(2), np.eye(2) * s, 0.0, 0) for s in (30.0, 1.0)])
     options = Options(num_particles=8, max_steps=10, chunk=10, learning_rate=1e-6)
     fit = fit_flow(problem(backend)._replace(normal=lambda seed: next(starts)), 0, options, restarts=1, num_samples=200)
-    assert fit.start.elbo > -5 and len(fit.others) == 1
+    assert np.mean(fit.start[1]) > -5 and len(fit.others) == 1
 
 
 # Interruptions
@@ -281,7 +283,9 @@ def test_the_average_of_the_iterates_is_returned(backend, make_rng):
         return Estimate(zero, zero, zero, zero), tree.map(backend.xp.ones_like, variables["params"]), control
 
     plain = optim.Optimizer(lambda params: (), lambda grads, state: (tree.map(lambda g: -g, grads), state))
-    found, history = train(gradient, {"params": {"w": like}, "const": {}}, 0, Options(max_steps=10, chunk=10, optimizer=plain))
+    found, history = train(
+        gradient, {"params": {"w": like}, "const": {}}, 0, Options(max_steps=10, chunk=10, optimizer=plain)
+    )
     moved = -sum(r.move.factors(10).sum() for r in history)
     assert moved < float(found["params"]["w"][0]) < 0
 
