@@ -47,3 +47,12 @@ def test_ppls_agree(name: str) -> None:
     potential = jax.jit(jax.vmap(lambda sites: potential_energy(model, arrays, {}, sites)))
     expected = -potential({site: x.numpy() for site, x in density.unpack(u).items()})
     np.testing.assert_allclose(density.log_prob(u).numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in posteriors.POSTERIORS if posteriors.has_reference(name)])
+def test_references_are_complete(name: str) -> None:
+    found = posteriors.reference(name)
+    sizes = [np.size(moments["free_mean"]) for moments in found["sites"].values()]
+    assert sum(sizes) == found["dim"] == posteriors.POSTERIORS[name].dim
+    assert all(np.all(np.isfinite(x)) for moments in found["sites"].values() for x in moments.values())
+    assert found["usable"] == (not found["trouble"])

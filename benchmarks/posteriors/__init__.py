@@ -76,6 +76,11 @@ def pyro_model(name: str) -> Callable:
     return getattr(in_pyro, name)
 
 
+def has_reference(name: str) -> bool:
+    """Whether a reference posterior was made."""
+    return (REFERENCES / f"{name}.json").exists()
+
+
 def reference(name: str) -> dict:
     """The reference posterior that `benchmarks.posteriors.references` wrote."""
     return json.loads((REFERENCES / f"{name}.json").read_text())

@@ -50,8 +50,16 @@ class Whiten(Reparam):
         return None, fn.push(noise) if hasattr(fn, "push") else fn.loc + fn.scale_tril @ noise
 
 
+class Quantile(Reparam):
+    """A scalar with heavy tails as the image of normal noise."""
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: None) -> tuple[None, jax.Array]:
+        noise = numpyro.sample(f"{name}_noise", dist.Normal(0.0, 1.0).expand(fn.batch_shape))
+        return None, fn.icdf(jax.scipy.special.ndtr(noise))
+
+
 NON_CENTRED: dict[str, dict[str, Reparam]] = {
-    "horseshoe": {"beta": LocScaleReparam(0)},
+    "horseshoe": {"beta": LocScaleReparam(0), "lam": Quantile(), "tau": Quantile()},
     "volatility": {"h": Whiten()},
     "coal": {"f": Whiten()},
     "nile": {"level": Whiten()},
