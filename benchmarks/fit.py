@@ -4,8 +4,8 @@
 
 For each posterior: the normal at the start, the same importance-weighted, and the fit, by the largest error of any mean in
 reference sds, the largest relative error of any sd, k-hat, the verdict, and the seconds from call to verdict, compilation included,
-beside those of a default NUTS run (four chains of 1000 + 1000 draws) and its own error. The bounds: means within 0.1, sds within 10 %
-and k-hat below 0.7. A confident error is a verdict "good" with a mean off by more than 0.3.
+beside those of a default NUTS run (four chains of 1000 + 1000 draws) and its own error. The bounds: means within 0.1, sds within
+10 % and k-hat below 0.7. A confident error is a verdict "good" with a mean off by more than 0.3.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,8 @@ def main(arguments: Sequence[str]) -> None:
     tasks = [(ppl, name, seed) for seed in range(options.seeds) for name in options.names for ppl in ppls]
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda task: _in_a_process(*task), tasks):
+        for done in as_completed([pool.submit(_in_a_process, *task) for task in tasks]):
+            row = done.result()
             print(row.get("error") or json.dumps(row), file=sys.stderr, flush=True)
             rows.append(row)
             if options.output:

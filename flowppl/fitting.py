@@ -93,24 +93,25 @@ def fit_flow(
         checkpoint: A file for the state of an interrupted fit; restarts add numbers to its name.
         progress: Called after each chunk of steps.
     """
-    draw = sampler(problem)
+    draw, backend = sampler(problem), backend_of(problem.like)
     runs: list[Fit] = []
-    modes: list[NormalApproximation] = []
+    modes: list[dict[str, Any]] = []  # variables with which the flow is their normal
     for i in range(restarts + 1):
         own = _seed(seed, i)
         normal = problem.normal(own)
-        modes += normal.others
+        start = problem.flow.init(backend.rng(own, problem.like), problem.like)
+        modes += [_as_normal(problem, start, mode) for mode in normal.others]
         memory = checkpoint and Checkpoint(f"{checkpoint}.{i}" if i else checkpoint, _task(problem, own, options))
         weigh = partial(draw, seed=own, n=num_samples)
-        runs.append(_run(problem, normal, own, options, weigh, warm, memory or None, progress))
+        runs.append(_run(problem, start, normal, own, options, weigh, warm, memory or None, progress))
     best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
     fit = runs.pop(best)
-    others = [draw(_as_flow(problem, mode), seed, num_samples) for mode in modes]
-    return fit._replace(others=[run.draws for run in runs] + _missed(problem, fit, others))
+    missed = _missed(problem, fit, [draw(mode, seed, num_samples) for mode in modes])
+    return fit._replace(others=[run.draws for run in runs] + missed)
 
 
-def sampler(problem: Problem) -> Callable[[dict[str, Any], int, int], Draws]:
-    """A function that draws from the flow and weighs the draws: from its variables, a seed and a number."""
+def sampler(problem: Problem) -> Callable[..., Draws]:
+    """A function `draw(variables, seed, n)` that draws from the flow and weighs the draws."""
     backend = backend_of(problem.like)
 
     @backend.jit
@@ -151,6 +152,7 @@ def shown(options: Options, on: bool) -> Iterator[Callable[[Sequence[Record]], N
 
 def _run(
     problem: Problem,
+    start: dict[str, Any],
     normal: NormalApproximation,
     seed: int,
     options: Options,
@@ -161,7 +163,7 @@ def _run(
 ) -> Fit:
     flow, backend = problem.flow, backend_of(problem.like)
     xp = backend.xp
-    start = _as_flow(problem, normal, seed)
+    start = _as_normal(problem, start, normal)
     before = draw(start)
     if warm is not None and _evidence(again := draw(warm)).elbo > _evidence(before).elbo:
         start, before = warm, again
@@ -189,25 +191,24 @@ def _run(
     return Fit(trained, after, [], history, before)
 
 
-def _missed(problem: Problem, fit: Fit, others: list[Draws]) -> list[Draws]:
+def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:
     """Those of other modes' draws that have mass where the flow has next to none."""
     backend = backend_of(problem.like)
     log_ratio = backend.jit(lambda v, x: backend.stop(problem.log_prob(x) - problem.flow.log_prob(v, x)))
-    log_z, found = _evidence(fit.draws).log_evidence, []
-    for x, log_w in others:
+    log_z = _evidence(fit.draws).log_evidence
+    found = []
+    for x, log_w in modes:
+        x, log_w = x[:_CHUNK], log_w[:_CHUNK]
         mode = _evidence((x, log_w))
-        at = _like(problem, x[:_CHUNK])
-        weight = mode.weight[:_CHUNK] / max(mode.weight[:_CHUNK].sum(), 1e-300)
-        gap = np.nan_to_num(np.asarray(backend.to_numpy(log_ratio(fit.variables, at)), np.float64), nan=np.inf)
-        if mode.log_evidence > log_z - _NEGLIGIBLE and weight @ np.minimum(gap - log_z, 1e3) > _MISSED:
-            found.append((x, log_w))
+        if mode.log_evidence > log_z - _NEGLIGIBLE:
+            gap = np.asarray(backend.to_numpy(log_ratio(fit.variables, _like(problem, x))), np.float64) - log_z
+            if mode.weight @ np.minimum(np.nan_to_num(gap, nan=np.inf), 1e3) > _MISSED:
+                found.append((x, log_w))
     return found
 
 
-def _as_flow(problem: Problem, normal: NormalApproximation, seed: int = 0) -> dict[str, Any]:
-    """Variables with which the flow is the normal."""
-    backend = backend_of(problem.like)
-    start = backend.jit(lambda rng: problem.flow.init(rng, problem.like))(backend.rng(seed, problem.like))
+def _as_normal(problem: Problem, start: dict[str, Any], normal: NormalApproximation) -> dict[str, Any]:
+    """The variables of a flow that starts as the identity, with which it is the normal."""
     return place(problem.flow, start, *(_like(problem, a) for a in normal[:2]))
 
 
