@@ -1,4 +1,4 @@
-"""A Gibbs sampler for the horseshoe regression, where NUTS diverges in every form of the model.
+"""A Gibbs sampler for the horseshoe regression, where NUTS diverges, non-centred or not.
 
 Half-Cauchy scales are mixtures of inverse gammas (Makalic and Schmidt 2016, "A simple sampler for the horseshoe estimator"); the
 variance of the noise, with its half-normal prior, takes a Metropolis step from its conditional under a flat one.

@@ -4,14 +4,15 @@
 
 Writes `references/<name>.json`. Where a prior depends on other latents the long run is of a non-centred form, mapped back to
 the sites of the model. Runs of up to 31 dimensions have a dense mass matrix; two regressions are so badly scaled that it cannot be
-learnt, and have the Hessian at the mode. The horseshoe has a Gibbs sampler, since NUTS diverges in every form of it.
+learnt, and have the Hessian at the mode. The horseshoe has a Gibbs sampler, since NUTS diverges as written and non-centred.
 
 A file holds, for each site, the mean, the standard deviation and three quantiles of each element, and mean and standard deviation
 in unconstrained space (`free_mean`, `free_sd`), which exist even where a scale's tails are too heavy for them. `rhat` and
 `ess_bulk` are the worst over all elements, and `usable` says whether to judge by the file.
 
 The plain run is NumPyro's default in float32: four chains in sequence, 1000 steps of warm-up, 1000 draws. `nuts_seconds` includes
-compilation; `nuts_mean_error` is its largest error of a mean, in reference standard deviations, in unconstrained space.
+compilation, and wants an idle machine; `nuts_mean_error` is its largest error of a mean, in reference standard deviations, in
+unconstrained space.
 """
 
 from __future__ import annotations
