@@ -21,6 +21,7 @@ from flowppl.laplace import NormalApproximation
 from flowppl.objectives.reverse_kl import reverse_kl
 from flowppl.training import Options, Record, train
 
+_SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
@@ -64,10 +65,10 @@ class Fit(NamedTuple):
 
 
 def default_flow(dim: int) -> Recipe:
-    """The flow of `fit` in `dim` dimensions: spline couplings, or one affine map where there are very many."""
+    """The flow of `fit` in `dim` dimensions: splines, affine couplings beyond 32, one affine map where there are very many."""
     if dim > _LARGE:
         return flows.affine()
-    return flows.nsf(layers=6, hidden=(32, 32)) if dim <= 32 else flows.nsf(layers=4, hidden=(64, 64))
+    return flows.realnvp(layers=6, hidden=(64, 64)) if dim > _SMALL else flows.nsf(layers=6, hidden=(32, 32))
 
 
 def fit_flow(

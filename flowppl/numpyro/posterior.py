@@ -17,6 +17,7 @@ from flowppl.errors import FitWarning
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
 from flowppl.flows import Flow, Recipe, files
 from flowppl.numpyro.density import LogDensity
+from flowppl.numpyro.files import restore
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import as_params
 from flowppl.numpyro.precise import Precise
@@ -179,10 +180,11 @@ class Posterior(WeightedPosterior):
         Raises:
             FlowFileError: the file is not whole, or does not fit the model's sites.
         """
-        view = _View(model, args, kwargs, files.read(path)[0], init_to_median)
+        AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
+        flow, arrays, _ = files.read(path)
+        view = _View(model, args, kwargs, flow, init_to_median)
         with view.precise.context():
-            view.guide, params = AutoFlow.load(path, model, *args, **kwargs)
-            variables = view.guide.get_posterior(params).variables
+            variables = restore(flow, arrays, view.problem.like)
             draws = sampler(view.problem)(variables, 0, num_samples)
         return cls(view, Fit(variables, draws, [], [], None))
 
