@@ -2,10 +2,10 @@
 
     python -m benchmarks fit [--ppl numpyro|pyro] [--seeds 3] [--names engel cars ...] [--jobs 1] [--output rows.json]
 
-For each posterior: the normal at the start, the same importance-weighted, and the fit, by the largest error of any mean (of the
-unconstrained coordinates) in reference sds, the largest relative error of any sd, k-hat, the verdict, and the seconds from call to verdict, compilation included,
-beside those of a default NUTS run (four chains of 1000 + 1000 draws) and its own error. The bounds: means within 0.1, sds within
-10 % and k-hat below 0.7. A confident error is a verdict "good" with a mean off by more than 0.3.
+For each posterior: the normal at the start, the same importance-weighted, and the fit, by the largest error of any mean of the
+unconstrained coordinates in reference sds, the largest relative error of any sd, k-hat, the verdict, and the seconds from call to
+verdict, compilation included, beside those of a default NUTS run (four chains of 1000 + 1000 draws) and its own error. The bounds:
+means within 0.1, sds within 10 % and k-hat below 0.7. A confident error is a verdict "good" with a mean off by more than 0.3.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(ppl: str, name: str, seed: int) -> dict[str, Any]:
 
 
 def errors(reference: dict[str, Any], draws: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The largest error of a mean, in reference sds, and the largest relative error of an sd, of unconstrained coordinates `(n, dim)`.
+    """The largest error of a mean, in reference sds, and of an sd, relative, of unconstrained coordinates `(n, dim)`.
 
     Not all constrained ones have a variance: a half-Cauchy scale has none.
     """
