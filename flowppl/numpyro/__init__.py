@@ -8,6 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("numpyro", "numpyro") from error
 
+from flowppl.numpyro.amortized import AmortizedFlow
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -17,6 +18,7 @@ from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
 
 __all__ = [
+    "AmortizedFlow",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",

@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("pyro-ppl", "pyro") from error
 
+from flowppl.pyro.amortized import AmortizedFlow
 from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.export import to_arviz
@@ -17,6 +18,7 @@ from flowppl.pyro.modules import flow_module
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
+    "AmortizedFlow",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",

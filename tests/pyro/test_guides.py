@@ -510,7 +510,7 @@ def test_subsampled_latents():
             pyro.sample("y", dist.Normal(z, 1.0), obs=data)
 
     with pytest.raises(
-        UnsupportedModelError, match=r"'z' is in plate 'data', which subsamples 2 of 10.*flow_module and a context"
+        UnsupportedModelError, match=r"'z' is in plate 'data', which subsamples 2 of 10.*AmortizedFlow"
     ):
         AutoFlow(model).setup(torch.zeros(2))
 
