@@ -47,6 +47,7 @@ def test_files_agree() -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "AmortizedFlow",
         "AutoFlow",
         "FlowDistribution",
         "FlowTransform",
@@ -66,6 +67,11 @@ def test_signatures_agree(name: str) -> None:
 def test_guide_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.AutoFlow, name))) for front in _fronts())
     assert ours - {"args"} == theirs - {"args"}
+
+
+def test_amortized_methods_agree() -> None:
+    ours, theirs = (_parameters(front.AmortizedFlow.sample_posterior) for front in _fronts())
+    assert {**ours, "rng": None}.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])

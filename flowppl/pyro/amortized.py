@@ -161,6 +161,12 @@ class AmortizedFlow(ModelGuide):
         scale_tril = self._init_scale * torch.eye(len(start), dtype=start.dtype, device=start.device)
         return FlowParameters(place(flow, flow.init(None, start), start, scale_tril))
 
+    def _sizes(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int | None, Any]:
+        """What `plate_sizes` says of the guide's plate."""
+        self._require_source()  # a pickle has no model to ask
+        self.setup(*args, **kwargs)
+        return plate_sizes(self.model, self._plate, args, kwargs)
+
     def _read(self, args: tuple, kwargs: dict[str, Any], size: int | None) -> Tensor:
         """The features `(N, F)`."""
         found = torch.as_tensor(self._require_source()[2](*args, **kwargs)).to(self._local.layout.start)
@@ -202,8 +208,7 @@ class AmortizedFlow(ModelGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws the latents, constrained: values by site; the local ones of the elements that the model's plate asks for."""
-        self.setup(*args, **kwargs)
-        size, subsample_size, subsample = plate_sizes(self.model, self._plate, args, kwargs)
+        size, subsample_size, subsample = self._sizes(args, kwargs)
         features = self._read(args, kwargs, size)
         u, values = (None, {}) if self._global is None else self._sample_global(self._global)
         with pyro.plate(self._plate, size, subsample_size, subsample, dim=self._dim) as indices:
@@ -228,8 +233,7 @@ class AmortizedFlow(ModelGuide):
             sample_shape: The shape of the draws.
             kwargs: The model's keyword arguments; how much of the plate they ask for does not matter.
         """
-        self.setup(*args, **kwargs)
-        features = self._read(args, kwargs, plate_sizes(self.model, self._plate, args, kwargs)[0])
+        features = self._read(args, kwargs, self._sizes(args, kwargs)[0])
         shape, u, values = tuple(sample_shape), None, {}
         if self._global is not None:
             u = _draw(rng, self._of_global(), shape)
