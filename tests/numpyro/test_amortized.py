@@ -81,9 +81,9 @@ def exact(y, prior_of=None):
 
 def test_a_conjugate_hierarchy_from_minibatches():
     y, guide = data(60), small_guide(gradient="path", embedding=8)
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, 600))
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, 400))
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4))
-    params = svi.run(KEY, 600, y, batch_size=20, progress_bar=False).params
+    params = svi.run(KEY, 400, y, batch_size=20, progress_bar=False).params
     draw = jax.jit(lambda y: guide.sample_posterior(jax.random.key(1), params, y, sample_shape=(4000,)))
     for here in (y, data(60, seed=1)):  # unseen ones too
         draws = draw(here)

@@ -75,7 +75,7 @@ def exact(y, prior_of=None):
 
 def test_a_conjugate_hierarchy_from_minibatches():
     y, guide, steps = data(60), small_guide(gradient="path", embedding=8), 500
-    optimizer = pyro.optim.ClippedAdam({"lr": 2e-2, "lrd": 0.01 ** (1 / steps)})
+    optimizer = pyro.optim.ClippedAdam({"lr": 5e-2, "lrd": 0.01 ** (1 / steps)})
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4, vectorize_particles=True))
     for _ in range(steps):
         svi.step(y, batch_size=20)
@@ -125,6 +125,27 @@ def test_gradients_agree_with_finite_differences(gradient, scramble, float64):
         product = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))
         assert abs(product) > 1e-2
         torch.testing.assert_close(product, slope(parameters, direction), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("gradient", ["reparam", "path"])
+def test_the_path_gradient_vanishes_where_the_guide_is_the_posterior(gradient, scramble, float64):
+    """Draw by draw, of the encoder and of the flow of globals too, whose values the context depends on."""
+    posterior = None
+
+    def target(y, batch_size=None):
+        normal = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        g = pyro.sample("g", posterior._of_global() if posterior else normal)
+        with pyro.plate("groups", len(y), subsample_size=batch_size):
+            rows = pyro.subsample(y, event_dim=1)
+            pyro.sample("theta", posterior._of_local(rows, g) if posterior else normal)
+
+    y = data(6)
+    guide = small_guide(target, flow=flows.nsf(layers=2, hidden=(8,)), gradient=gradient).setup(y)
+    scramble(guide.parameters())
+    posterior = copy.deepcopy(guide).requires_grad_(False)
+    Trace_ELBO(max_plate_nesting=1).differentiable_loss(target, guide, y, 3).backward()
+    largest = max(p.grad.abs().max() for p in guide.parameters())
+    assert largest < 1e-10 if gradient == "path" else largest > 1e-2
 
 
 def test_minibatches_add_up(scramble, float64):
