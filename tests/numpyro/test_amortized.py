@@ -12,7 +12,7 @@ import optax
 import pytest
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
-from numpyro.infer import SVI, Predictive, Trace_ELBO
+from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform
 from numpyro.infer.util import log_density
 
 from flowppl import flows
@@ -81,9 +81,9 @@ def exact(y, prior_of=None):
 
 def test_a_conjugate_hierarchy_from_minibatches():
     y, guide = data(60), small_guide(gradient="path", embedding=8)
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, 400))
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=4))
-    params = svi.run(KEY, 400, y, batch_size=20, progress_bar=False).params
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, 300))
+    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=2))
+    params = svi.run(KEY, 300, y, batch_size=20, progress_bar=False).params
     draw = jax.jit(lambda y: guide.sample_posterior(jax.random.key(1), params, y, sample_shape=(4000,)))
     for here in (y, data(60, seed=1)):  # unseen ones too
         draws = draw(here)
@@ -157,7 +157,7 @@ def test_minibatches_add_up(scramble):
 
 
 def test_many_kinds_of_sites(scramble):
-    y, guide = data(6, 2), small_guide(rich, global_flow=flows.realnvp(layers=1, hidden=(4,)))
+    y, guide = data(6, 2), small_guide(rich, init_loc_fn=init_to_uniform)  # the median would compile gamma draws
     params = params_of(guide, scramble, y, 3, target=rich)
 
     @jax.jit
@@ -189,7 +189,7 @@ def test_many_kinds_of_sites(scramble):
     assert shapes(draws) == {"alone": (3, 2), "scale": (3, 2, 2), **shapes_of_local}
 
 
-def test_without_global_latents_and_with_an_encoder_of_ones_own():
+def test_without_global_latents_and_with_an_encoder_of_ones_own(scramble):
     def local_only(y, batch_size=None):
         with numpyro.plate("groups", len(y), subsample_size=batch_size):
             numpyro.sample("theta", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
@@ -199,9 +199,10 @@ def test_without_global_latents_and_with_an_encoder_of_ones_own():
         return jnp.tanh(x @ weight.T)
 
     guide, y = small_guide(local_only, encoder=encoder, gradient="path"), data(5)
-    svi = SVI(local_only, guide, optax.adam(1e-2), Trace_ELBO(num_particles=2))
-    params = svi.run(KEY, 3, y, 2, progress_bar=False).params
-    assert jnp.abs(params["weight"] - 0.1).max() > 0  # moved
+    params = params_of(guide, lambda p: p, y, 2, target=local_only)
+    elbo = Trace_ELBO(num_particles=2)
+    grads = jax.jit(jax.grad(lambda p: elbo.loss(KEY, p, local_only, guide, y, 2)))(scramble(params))
+    assert jnp.abs(grads["weight"]).max() > 1e-3
     draws = jax.jit(lambda p: guide.sample_posterior(KEY, p, y, sample_shape=(3,)))(params)
     assert shapes(draws) == {"theta": (3, 5, 2)}
 
