@@ -8,6 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("numpyro", "numpyro") from error
 
+from flowppl.numpyro.amortized import AmortizedFlow
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -18,6 +19,7 @@ from flowppl.numpyro.modules import flow_module
 from flowppl.numpyro.posterior import Posterior, fit
 
 __all__ = [
+    "AmortizedFlow",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",
