@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from flowppl.laplace import NormalApproximation
 from flowppl.objectives.reverse_kl import reverse_kl
 from flowppl.training import Options, Record, train
 
+_SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
@@ -52,21 +54,21 @@ class Fit(NamedTuple):
         draws: Its draws with log-weights.
         others: Those of other runs and modes that were found.
         history: What each chunk of steps showed.
-        start: What draws of the normal at the start say.
+        start: Draws of the normal at the start, or of the fit that it went on from.
     """
 
     variables: dict[str, Any]
     draws: Draws
     others: list[Draws]
     history: list[Record]
-    start: Evidence | None
+    start: Draws | None
 
 
 def default_flow(dim: int) -> Recipe:
-    """The flow of `fit` in `dim` dimensions: spline couplings, or one affine map where there are very many."""
+    """The flow of `fit` in `dim` dimensions: splines, affine couplings beyond 32, one affine map where there are very many."""
     if dim > _LARGE:
         return flows.affine()
-    return flows.nsf(layers=6, hidden=(32, 32)) if dim <= 32 else flows.nsf(layers=4, hidden=(64, 64))
+    return flows.realnvp(layers=6, hidden=(64, 64)) if dim > _SMALL else flows.nsf(layers=6, hidden=(32, 32))
 
 
 def fit_flow(
@@ -92,25 +94,25 @@ def fit_flow(
         checkpoint: A file for the state of an interrupted fit; restarts add numbers to its name.
         progress: Called after each chunk of steps.
     """
-    draw = sampler(problem)
+    draw, backend = sampler(problem), backend_of(problem.like)
     runs: list[Fit] = []
-    modes: list[NormalApproximation] = []
+    modes: list[dict[str, Any]] = []  # variables with which the flow is their normal
     for i in range(restarts + 1):
         own = _seed(seed, i)
         normal = problem.normal(own)
-        modes += normal.others
+        start = problem.flow.init(backend.rng(own, problem.like), problem.like)
+        modes += [_as_normal(problem, start, mode) for mode in normal.others]
         memory = checkpoint and Checkpoint(f"{checkpoint}.{i}" if i else checkpoint, _task(problem, own, options))
-        runs.append(
-            _run(problem, normal, own, options, lambda v: draw(v, own, num_samples), warm, memory or None, progress)
-        )  # noqa: B023
+        weigh = partial(draw, seed=own, n=num_samples)
+        runs.append(_run(problem, start, normal, own, options, weigh, warm, memory or None, progress))
     best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
     fit = runs.pop(best)
-    others = [draw(_as_flow(problem, mode), seed, num_samples) for mode in modes]
-    return fit._replace(others=[run.draws for run in runs] + _missed(problem, fit, others))
+    missed = _missed(problem, fit, [draw(mode, seed, num_samples) for mode in modes])
+    return fit._replace(others=[run.draws for run in runs] + missed)
 
 
-def sampler(problem: Problem) -> Callable[[dict[str, Any], int, int], Draws]:
-    """A function that draws from the flow and weighs the draws: from its variables, a seed and a number."""
+def sampler(problem: Problem) -> Callable[..., Draws]:
+    """A function `draw(variables, seed, n)` that draws from the flow and weighs the draws."""
     backend = backend_of(problem.like)
 
     @backend.jit
@@ -151,6 +153,7 @@ def shown(options: Options, on: bool, objective: str = "ELBO") -> Iterator[Calla
 
 def _run(
     problem: Problem,
+    start: dict[str, Any],
     normal: NormalApproximation,
     seed: int,
     options: Options,
@@ -161,7 +164,7 @@ def _run(
 ) -> Fit:
     flow, backend = problem.flow, backend_of(problem.like)
     xp = backend.xp
-    start = _as_flow(problem, normal, seed)
+    start = _as_normal(problem, start, normal)
     before = draw(start)
     if warm is not None and _evidence(again := draw(warm)).elbo > _evidence(before).elbo:
         start, before = warm, again
@@ -186,28 +189,27 @@ def _run(
     after = draw(trained)
     if not _evidence(after).elbo >= _evidence(before).elbo:
         trained, after = start, before
-    return Fit(trained, after, [], history, _evidence(before))
+    return Fit(trained, after, [], history, before)
 
 
-def _missed(problem: Problem, fit: Fit, others: list[Draws]) -> list[Draws]:
+def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:
     """Those of other modes' draws that have mass where the flow has next to none."""
     backend = backend_of(problem.like)
     log_ratio = backend.jit(lambda v, x: backend.stop(problem.log_prob(x) - problem.flow.log_prob(v, x)))
-    log_z, found = _evidence(fit.draws).log_evidence, []
-    for x, log_w in others:
+    log_z = _evidence(fit.draws).log_evidence
+    found = []
+    for x, log_w in modes:
+        x, log_w = x[:_CHUNK], log_w[:_CHUNK]
         mode = _evidence((x, log_w))
-        at = _like(problem, x[:_CHUNK])
-        weight = mode.weight[:_CHUNK] / max(mode.weight[:_CHUNK].sum(), 1e-300)
-        gap = np.nan_to_num(np.asarray(backend.to_numpy(log_ratio(fit.variables, at)), np.float64), nan=np.inf)
-        if mode.log_evidence > log_z - _NEGLIGIBLE and weight @ np.minimum(gap - log_z, 1e3) > _MISSED:
-            found.append((x, log_w))
+        if mode.log_evidence > log_z - _NEGLIGIBLE:
+            gap = np.asarray(backend.to_numpy(log_ratio(fit.variables, _like(problem, x))), np.float64) - log_z
+            if mode.weight @ np.minimum(np.nan_to_num(gap, nan=np.inf), 1e3) > _MISSED:
+                found.append((x, log_w))
     return found
 
 
-def _as_flow(problem: Problem, normal: NormalApproximation, seed: int = 0) -> dict[str, Any]:
-    """Variables with which the flow is the normal."""
-    backend = backend_of(problem.like)
-    start = backend.jit(lambda rng: problem.flow.init(rng, problem.like))(backend.rng(seed, problem.like))
+def _as_normal(problem: Problem, start: dict[str, Any], normal: NormalApproximation) -> dict[str, Any]:
+    """The variables of a flow that starts as the identity, with which it is the normal."""
     return place(problem.flow, start, *(_like(problem, a) for a in normal[:2]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flowppl import weights
 from flowppl.diagnostics import Verdict, diagnose
-from flowppl.diagnostics.compare import evidence
+from flowppl.diagnostics.compare import Evidence, evidence
 from flowppl.errors import MissingExtraError
 from flowppl.fitting import Fit
 
@@ -51,8 +51,13 @@ class WeightedPosterior:
         self._names, self._value_and_score, self._others = list(names), value_and_score, fit.others
         usable = np.isfinite(self.unconstrained).all(1) & (self.log_weights < np.inf)
         self._evidence = evidence(np.where(usable, self.log_weights, -np.inf))
-        self.start = fit.start
+        self.start_draws = fit.start
         self._verdict: Verdict | None = None
+
+    @property
+    def start(self) -> Evidence | None:
+        """What the draws of the start say."""
+        return None if self.start_draws is None else evidence(self.start_draws[1])
 
     @property
     def weights(self) -> Array:

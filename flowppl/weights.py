@@ -84,7 +84,8 @@ def psis(log_w: Array) -> tuple[Array, float]:
     shape, sigma = _fit_pareto(math.exp(cut) * np.expm1(out[tail] - top - cut))
     # Quantiles in the tail's own order; none may pass the largest weight seen.
     log_survival = np.log1p(-np.arange(0.5, tail.size) / tail.size)
-    excess = sigma * (np.expm1(-shape * log_survival) / shape if shape else -log_survival)
+    with np.errstate(over="ignore"):  # none may pass the largest weight anyway
+        excess = sigma * (np.expm1(-shape * log_survival) / shape if shape else -log_survival)
     out[tail] = top + np.minimum(np.log(excess + math.exp(cut)), 0.0)
     return out, shape
 

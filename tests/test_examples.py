@@ -60,6 +60,15 @@ def test_experiments(name: str, framework: str, tmp_path: Path) -> None:
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ppl", ["numpyro", "pyro"])
+def test_amortized(ppl: str, tmp_path: Path) -> None:
+    for package in (ppl, "matplotlib"):
+        pytest.importorskip(package)
+    _run(tmp_path, EXAMPLES / "amortized.py", "--ppl", ppl, "--steps", 2, "--output", tmp_path)
+    assert (tmp_path / "amortized.png").stat().st_size > 10_000
+
+
 def test_gallery(tmp_path: Path) -> None:
     for package in ("torch", "matplotlib"):
         pytest.importorskip(package)

@@ -47,6 +47,7 @@ def test_files_agree() -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "AmortizedFlow",
         "AutoFlow",
         "FlowDistribution",
         "FlowTransform",
@@ -74,6 +75,11 @@ def test_guide_methods_agree(name: str) -> None:
 def test_posterior_methods_agree(name: str) -> None:
     ours, theirs = (_parameters(getattr(front.Posterior, name)) for front in _fronts())
     assert ours == theirs
+
+
+def test_amortized_methods_agree() -> None:
+    ours, theirs = (_parameters(front.AmortizedFlow.sample_posterior) for front in _fronts())
+    assert {**ours, "rng": None}.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])

@@ -10,6 +10,7 @@ from flowppl.bijections.compose import Chain, Inverse
 from flowppl.bijections.coupling import Coupling
 from flowppl.bijections.deep_sigmoid import DeepSigmoid
 from flowppl.bijections.elementwise import Composed, Elementwise, Transformer
+from flowppl.bijections.embedded import Embedded
 from flowppl.bijections.householder import Householder, QRLinear
 from flowppl.bijections.linear import LULinear, Orthogonal, TriangularLinear
 from flowppl.bijections.permutations import Permutation, Reversal, Rotation
@@ -37,6 +38,7 @@ __all__ = [
     "Coupling",
     "DeepSigmoid",
     "Elementwise",
+    "Embedded",
     "ExtremeTails",
     "Householder",
     "Inverse",

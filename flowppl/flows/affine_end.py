@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from flowppl.bijections import Chain, LULinear, TorusEnd
+from flowppl.bijections import Affine, Bijection, Chain, Elementwise, Embedded, LULinear, TorusEnd
 from flowppl.bijections.base import Array
 from flowppl.flows.flow import Flow
 
@@ -18,6 +18,24 @@ def with_affine_end(flow: Flow) -> Flow:
     return replace(flow, bijection=Chain((flow.bijection, LULinear(flow.dim))))
 
 
+def with_encoder(flow: Flow, inputs: int, hidden: tuple[int, ...] | None) -> Flow:
+    """Returns a conditional flow with an affine end, and with a network before its context.
+
+    Real coordinates are first shifted and scaled by what is linear in the context: where each element's posterior lies is the
+    most of what an encoder has to say, and no work for couplings.
+
+    Args:
+        flow: A conditional flow.
+        inputs: Length of what the network sees.
+        hidden: Widths of its hidden layers; None for no network.
+    """
+    end, bijection = _last(flow.bijection), flow.bijection
+    if not isinstance(end, TorusEnd):
+        moved = Elementwise(flow.dim, Affine(), flow.context_dim, ())
+        bijection = Chain((bijection, moved, LULinear(flow.dim)))
+    return replace(flow, bijection=bijection if hidden is None else Embedded(bijection, inputs, hidden))
+
+
 def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) -> dict[str, Any]:
     """Returns the variables with the affine end set to x -> loc + scale_tril x (angles are shifted alone).
 
@@ -27,7 +45,9 @@ def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) 
         loc: `(dim,)`.
         scale_tril: `(dim, dim)`, lower triangular with a positive diagonal.
     """
-    return _with_end(flow, variables, _last(flow.bijection).from_cholesky(loc, scale_tril))
+    end = _last(flow.bijection).from_cholesky(loc, scale_tril)
+    placed = _with_end(flow.bijection, variables["params"]["bijection"], end)
+    return {**variables, "params": {**variables["params"], "bijection": placed}}
 
 
 def whitening(flow: Flow, loc: Array, scale_tril: Array) -> tuple[Array, Array]:
@@ -39,9 +59,8 @@ def whitening(flow: Flow, loc: Array, scale_tril: Array) -> tuple[Array, Array]:
 def rescaled(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) -> dict[str, Any]:
     """The variables of the flow followed by x -> loc + scale_tril x, whose `whitening` is itself."""
     params = variables["params"]["bijection"]
-    chain = isinstance(flow.bijection, Chain)
-    end = _last(flow.bijection).rescaled(params[-1] if chain else params, loc, scale_tril)
-    return _with_end(flow, variables, end)
+    end = _last(flow.bijection).rescaled(_end_of(flow.bijection, params), loc, scale_tril)
+    return {**variables, "params": {**variables["params"], "bijection": _with_end(flow.bijection, params, end)}}
 
 
 def centred(flow: Flow, draws: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -50,11 +69,21 @@ def centred(flow: Flow, draws: Array) -> tuple[Array, Callable[[Array], Array]]:
     return end.centred(draws) if isinstance(end, TorusEnd) else (draws, lambda x: x)
 
 
-def _with_end(flow: Flow, variables: dict[str, Any], end: Any) -> dict[str, Any]:
-    params = variables["params"]["bijection"]
-    placed = (*params[:-1], end) if isinstance(flow.bijection, Chain) else end
-    return {**variables, "params": {**variables["params"], "bijection": placed}}
-
-
-def _last(bijection: Any) -> Any:
+def _last(bijection: Bijection) -> Any:
+    if isinstance(bijection, Embedded):
+        return _last(bijection.bijection)
     return bijection.bijections[-1] if isinstance(bijection, Chain) else bijection
+
+
+def _end_of(bijection: Bijection, params: Any) -> Any:
+    """The parameters of the last map."""
+    if isinstance(bijection, Embedded):
+        return _end_of(bijection.bijection, params["inner"])
+    return params[-1] if isinstance(bijection, Chain) else params
+
+
+def _with_end(bijection: Bijection, params: Any, end: Any) -> Any:
+    """The parameters with those of the last map exchanged."""
+    if isinstance(bijection, Embedded):
+        return {**params, "inner": _with_end(bijection.bijection, params["inner"], end)}
+    return (*params[:-1], end) if isinstance(bijection, Chain) else end

@@ -148,7 +148,9 @@ def resolve(flow: str | Recipe | Flow, dim: int | None = None, context: Any = No
     return get(flow)(dim, known_context_dim if context is None else context.shape[-1])
 
 
-def over_latents(flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequence[bool], boxed: bool) -> Flow:
+def over_latents(
+    flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequence[bool], boxed: bool, context_dim: int = 0
+) -> Flow:
     """Returns the flow of a guide over a model's flat latents, some of which may be angles.
 
     Args:
@@ -157,6 +159,7 @@ def over_latents(flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequen
         angles: Whether they are angles.
         boxed: Whether they are u, the angle being 2 pi sigmoid(u) - pi. A flow that knows no angles can have those, with an edge
             at the seam; on a line of whole turns its density would have no end.
+        context_dim: Length of the flow's context, 0 for none.
 
     Raises:
         UnsupportedModelError: there are angles that are not boxed and the flow knows none.
@@ -166,5 +169,5 @@ def over_latents(flow: str | Recipe | Flow, sizes: Sequence[int], angles: Sequen
     if circular and not isinstance(flow, Flow):
         recipe = flow if isinstance(flow, Recipe) else Recipe(flow)
         if recipe.knows_angles or not boxed:
-            return recipe.with_circular(circular, boxed)(dim)
-    return get(flow)(dim)
+            return recipe.with_circular(circular, boxed)(dim, context_dim)
+    return get(flow)(dim, context_dim)

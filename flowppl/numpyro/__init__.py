@@ -8,6 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("numpyro", "numpyro") from error
 
+from flowppl.numpyro.amortized import AmortizedFlow
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -19,6 +20,7 @@ from flowppl.numpyro.posterior import Posterior, fit
 from flowppl.numpyro.simulator import npe
 
 __all__ = [
+    "AmortizedFlow",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",

@@ -17,6 +17,7 @@ from flowppl.errors import FitWarning
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
 from flowppl.flows import Flow, Recipe, files
 from flowppl.numpyro.density import LogDensity
+from flowppl.numpyro.files import restore
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import as_params
 from flowppl.numpyro.precise import Precise
@@ -147,8 +148,8 @@ class Posterior(WeightedPosterior):
             log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
 
         Returns:
-            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp, the log of p, and log_weight,
-            that of p / q, by which draws were resampled) and log_likelihood.
+            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp is log p, log_weight
+            is log p / q, by which draws were resampled) and log_likelihood.
         """
         return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
 
@@ -179,10 +180,11 @@ class Posterior(WeightedPosterior):
         Raises:
             FlowFileError: the file is not whole, or does not fit the model's sites.
         """
-        view = _View(model, args, kwargs, files.read(path)[0], init_to_median)
+        AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
+        flow, arrays, _ = files.read(path)
+        view = _View(model, args, kwargs, flow, init_to_median)
         with view.precise.context():
-            view.guide, params = AutoFlow.load(path, model, *args, **kwargs)
-            variables = view.guide.get_posterior(params).variables
+            variables = restore(flow, arrays, view.problem.like)
             draws = sampler(view.problem)(variables, 0, num_samples)
         return cls(view, Fit(variables, draws, [], [], None))
 

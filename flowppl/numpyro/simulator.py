@@ -12,9 +12,9 @@ import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
-from flowppl.npe import Amortized, amortize
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
+from flowppl.npe import Amortized, amortize
 from flowppl.numpyro.sites import Layout, Trace, is_latent, refuse_moving_supports
 from flowppl.simulations import Data, choose_sites, not_continuous
 

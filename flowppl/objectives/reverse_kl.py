@@ -54,10 +54,10 @@ def reverse_kl(
 ) -> tuple[Estimate, Any, Control]:
     """Estimates KL(q | p) and its gradient in the flow's params, from one sampling pass and one call of the target.
 
-    With s_q and s_p the scores of flow and target at x = T(z), the path gradient pulls (s_q - s_p) / n back through T. The score term
-    s, of mean zero, which makes it the plain one, pulls -s_q / n back through T and 1 / n through log q. Far from the target the plain
-    gradient can vary less, near to it the path gradient does. Geffner & Domke 2020, "Approximation based variance reduction for
-    reparameterization gradients", mix estimators by such control variates.
+    With s_q and s_p the scores of flow and target at x = T(z), the path gradient pulls (s_q - s_p) / n back through T. The score
+    term s, of mean zero, which makes it the plain one, pulls -s_q / n back through T and 1 / n through log q. Far from the target
+    the plain gradient can vary less, near to it the path gradient does. Geffner & Domke 2020, "Approximation based variance
+    reduction for reparameterization gradients", mix estimators by such control variates.
 
     Args:
         flow: q.

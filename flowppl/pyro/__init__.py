@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("pyro-ppl", "pyro") from error
 
+from flowppl.pyro.amortized import AmortizedFlow
 from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.export import to_arviz
@@ -19,6 +20,7 @@ from flowppl.pyro.simulator import npe
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
+    "AmortizedFlow",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from flowppl.backend import backend_of
 from flowppl.errors import DimensionError, UnsupportedModelError
-from flowppl.pyro.sites import Layout, Unconstrain, hide_enumerated, is_enumerated, is_latent, start_from, subsampled
+from flowppl.pyro.sites import (
+    Layout,
+    Unconstrain,
+    hide_enumerated,
+    is_enumerated,
+    is_latent,
+    start_from,
+    subsampled,
+    unconstrained,
+)
 
 _BATCH = "_flowppl_batch"
 Terms = tuple[Tensor, Tensor, dict[str, Tensor]]  # log prior, log likelihood, values
@@ -88,7 +97,7 @@ class LogDensity:
         self._plates = max(
             (-f.dim for s in self._sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0
         )
-        self._layout = Layout(latents)
+        self._layout = Layout(unconstrained(latents))
         self.names, self.dim, self.init = self._layout.names, self._layout.dim, self._layout.start
         self.shapes = self._layout.shapes
         self._terms = self._first_that_agrees()

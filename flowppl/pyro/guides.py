@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
@@ -99,15 +98,7 @@ class AutoFlow(FlatGuide):
         return [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
 
     def _variables(self) -> dict[str, Any]:
-        if self.prototype_trace is None:
-            raise RuntimeError(
-                "the guide has not seen its model yet: call guide.setup(...) with the model's arguments first"
-            )
-        holder = self.flow_parameters
-        if self._pyro_context.active and not pyro.settings.get("module_local_params"):
-            # What a user loaded into the param store wins, as for Pyro's own guides.
-            pyro.module(self._pyro_get_fullname("flow_parameters"), holder, update_module_params=True)
-        return holder.variables
+        return self._variables_in("flow_parameters")
 
     @torch.no_grad()
     def _assign(self, variables: dict[str, Any]) -> None:

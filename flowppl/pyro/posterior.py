@@ -146,8 +146,8 @@ class Posterior(WeightedPosterior):
             log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
 
         Returns:
-            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp, the log of p, and log_weight,
-            that of p / q, by which draws were resampled) and log_likelihood.
+            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp is log p, log_weight
+            is log p / q, by which draws were resampled) and log_likelihood.
         """
         return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
 

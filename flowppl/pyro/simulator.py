@@ -14,11 +14,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from flowppl.npe import Amortized, amortize
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
+from flowppl.npe import Amortized, amortize
 from flowppl.pyro.density import seeded
-from flowppl.pyro.sites import Layout, hide_enumerated, is_latent, moving_support
+from flowppl.pyro.sites import Layout, hide_enumerated, is_latent, refuse_moving_supports, unconstrained
 from flowppl.simulations import Data, choose_sites, not_continuous
 
 Array = np.ndarray
@@ -122,7 +122,7 @@ class _Simulator:
     ) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs
         try:
-            here, elsewhere = self._trace(model), self._trace(model)
+            here = self._trace(model)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"the model cannot be run, and its prior has to be a proper one: {error}"
@@ -132,10 +132,15 @@ class _Simulator:
         fixed = [name for name, site in here.items() if site["is_observed"] and name not in computed]
         data, names = choose_sites(drawn, fixed, computed, observed, latents)
         for name in names:
-            _check_support(here[name], elsewhere[name])
+            if here[name]["fn"].support.is_discrete:
+                raise not_continuous(name)
+            hide_enumerated(here[name])  # which refuses what else a flow cannot cover
+        inferred = {name: here[name] for name in names}
+        with torch.no_grad():
+            refuse_moving_supports(model, args, kwargs, inferred)
         self._sites = {name: here[name] for name in (*names, *data)}
         self._plates = max((-f.dim for s in here.values() for f in s["cond_indep_stack"] if f.vectorized), default=0)
-        self._layout = Layout({name: here[name] for name in names})
+        self._layout = Layout(unconstrained(inferred))
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(self._layout.shapes[name]) for name in names}
         self.data_shapes: Mapping[str, tuple[int, ...]] = {name: tuple(here[name]["value"].shape) for name in data}
         self.like = torch.zeros_like(self._layout.start)
@@ -206,17 +211,6 @@ class _Simulator:
             return self._together(2) is not None
         except Exception:  # anything may happen in a model that was not written for plates
             return False
-
-
-def _check_support(here: Any, elsewhere: Any) -> None:
-    """Refuses sites that a flow cannot cover, from two runs."""
-    if here["fn"].support.is_discrete:
-        raise not_continuous(here["name"])
-    hide_enumerated(here)
-    bijections = [biject_to(site["fn"].support) for site in (here, elsewhere)]
-    u = bijections[0].inv(here["value"])
-    if not torch.allclose(*(bijection(u) for bijection in bijections), rtol=1e-3, equal_nan=True):
-        raise moving_support(here["name"])
 
 
 def _same(both: Any, alone: Any, i: int) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Delta, Independent, SineBivariateVonMises, SineSkewed, VonMises
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide import init_to_median
@@ -57,14 +59,6 @@ def hide_enumerated(site: Any) -> bool:
     )
 
 
-def moving_support(name: str) -> UnsupportedModelError:
-    """The error for a site whose support depends on other latents."""
-    return UnsupportedModelError(
-        f"the support of site {name!r} depends on other latents, and Pyro's guides map onto a fixed one: "
-        "sample a standardised variable, from Uniform(0, 1) say, and scale it with pyro.deterministic"
-    )
-
-
 def subsampled(site: Any) -> str | None:
     """A description of the subsampling plate that a site is in, or None."""
     for f in site["cond_indep_stack"]:
@@ -86,6 +80,36 @@ def start_from(init_loc_fn: Callable = init_to_median) -> Callable:
     return init
 
 
+def unconstrained(sites: dict[str, Any]) -> dict[str, Tensor]:
+    """The unconstrained values of sites of a trace."""
+    return {name: biject_to(site["fn"].support).inv(site["value"].detach()) for name, site in sites.items()}
+
+
+def refuse_moving_supports(model: Callable, args: tuple, kwargs: dict[str, Any], sites: dict[str, Any]) -> None:
+    """Compares the supports of latent sites with those of a run of the model at other latents.
+
+    Raises:
+        UnsupportedModelError: a support depends on other latents.
+    """
+    layout = Layout(unconstrained(sites))
+    elsewhere = layout.unpack(layout.start + 1.0)
+    with pyro.validation_enabled(False), poutine.block(), Unconstrain(elsewhere) as seen:
+        model(*args, **kwargs)
+    for name, site in sites.items():
+        value = biject_to(site["fn"].support)(elsewhere[name].to(site["value"].dtype))
+        if not torch.allclose(value, seen.values[name], rtol=1e-3, equal_nan=True):
+            raise UnsupportedModelError(
+                f"the support of site {name!r} depends on other latents, and Pyro's guides map onto a fixed one: "
+                "sample a standardised variable, from Uniform(0, 1) say, and scale it with pyro.deterministic"
+            )
+
+
+def among_plates(u: Tensor, shape: torch.Size, site: Any, batch: torch.Size) -> Tensor:
+    """Unconstrained values `(*batch, *shape)` of a site, reshaped so that the batch of particles is in front of its plates."""
+    event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
+    return u.reshape(torch.broadcast_shapes(shape, batch + (1,) * event_dim)).to(site["value"].dtype)
+
+
 def is_angle(fn: Any) -> bool:
     """Whether the values of a distribution are angles, by its kind: torch has no constraint for them."""
     while isinstance(fn, Independent | MaskedDistribution | SineSkewed):
@@ -97,7 +121,7 @@ class Layout:
     """Where each site lives in a flat unconstrained vector: sites in the order of their names, each in C order.
 
     Args:
-        sites: Sites of a trace, by name, with starting values.
+        free: Unconstrained starting values by site.
 
     Attributes:
         names: The sites.
@@ -107,13 +131,12 @@ class Layout:
         start: The starting values `(dim,)`; zero where one is on the boundary of its support.
     """
 
-    def __init__(self, sites: dict[str, Any]) -> None:
-        self.names = sorted(sites)
-        free = {name: biject_to(sites[name]["fn"].support).inv(sites[name]["value"].detach()) for name in self.names}
-        self.shapes = {name: u.shape for name, u in free.items()}
-        self.sizes = [u.numel() for u in free.values()]
+    def __init__(self, free: dict[str, Tensor]) -> None:
+        self.names = sorted(free)
+        self.shapes = {name: free[name].shape for name in self.names}
+        self.sizes = [free[name].numel() for name in self.names]
         self.dim = sum(self.sizes)
-        start = torch.cat([u.reshape(-1) for u in free.values()])
+        start = torch.cat([free[name].reshape(-1) for name in self.names])
         self.start = torch.where(torch.isfinite(start), start, torch.zeros_like(start))
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:

@@ -509,9 +509,7 @@ def test_subsampled_latents():
             z = pyro.sample("z", dist.Normal(mu, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=data)
 
-    with pytest.raises(
-        UnsupportedModelError, match=r"'z' is in plate 'data', which subsamples 2 of 10.*flow_module and a context"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"'z' is in plate 'data', which subsamples 2 of 10.*AmortizedFlow"):
         AutoFlow(model).setup(torch.zeros(2))
 
 

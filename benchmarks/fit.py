@@ -1,0 +1,169 @@
+"""`fit` without options on textbook posteriors, against long NUTS runs.
+
+    python -m benchmarks fit [--ppl numpyro|pyro] [--seeds 3] [--names engel cars ...] [--jobs 1] [--output rows.json]
+
+For each posterior: the normal at the start, the same importance-weighted, and the fit, by the largest error of any mean of the
+unconstrained coordinates in reference sds, the largest relative error of any sd, k-hat, the verdict, and the seconds from call to
+verdict, compilation included, beside those of a default NUTS run (four chains of 1000 + 1000 draws) and its own error. The bounds:
+means within 0.1, sds within 10 % and k-hat below 0.7. A confident error is a verdict "good" with a mean off by more than 0.3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import posteriors
+
+PPLS = ("numpyro", "pyro")
+
+
+def run(ppl: str, name: str, seed: int) -> dict[str, Any]:
+    """One fit, and what it is worth."""
+    arrays = posteriors.load(name)
+    if ppl == "numpyro":
+        from flowppl.numpyro import fit
+
+        model = posteriors.numpyro_model(name)
+    else:
+        import torch
+
+        from flowppl.pyro import fit
+
+        torch.set_num_threads(1)
+        model, arrays = posteriors.pyro_model(name), tuple(map(torch.as_tensor, arrays))
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = fit(model, *arrays, seed=seed, progress_bar=False)
+    seconds = time.perf_counter() - began
+    verdict = posterior.diagnose()
+    uniform = np.full(len(posterior.weights), 1 / len(posterior.weights))
+    reference = posteriors.reference(name)["sites"]
+    mean, sd = errors(reference, posterior.unconstrained, posterior.weights)
+    start = posterior.start
+    at_start = posterior.start_draws[0]
+    return {
+        "ppl": ppl,
+        "name": name,
+        "seed": seed,
+        "seconds": seconds,
+        "elbo": posterior.elbo[0],
+        "log_evidence": posterior.log_evidence[0],
+        "mean": mean,
+        "sd": sd,
+        "raw_mean": errors(reference, posterior.unconstrained, uniform)[0],
+        "khat": posterior.khat,
+        "ess": posterior.ess / len(posterior.weights),
+        "verdict": verdict.verdict,
+        "reasons": verdict.reasons,
+        "steps": len(posterior.history) * 250,
+        "coefficient": float(np.mean([r.coefficient for r in posterior.history])),
+        "start_elbo": start.elbo,
+        "start_khat": start.khat,
+        "start_mean": errors(reference, at_start, uniform)[0],
+        "start_weighted_mean": errors(reference, at_start, start.weight)[0],
+    }
+
+
+def errors(reference: dict[str, Any], draws: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The largest error of a mean, in reference sds, and of an sd, relative, of unconstrained coordinates `(n, dim)`.
+
+    Not all constrained ones have a variance: a half-Cauchy scale has none.
+    """
+    means, sds = (
+        np.concatenate([np.ravel(reference[site][f"free_{what}"]) for site in sorted(reference)])
+        for what in ("mean", "sd")
+    )
+    mean = weights @ draws
+    sd = np.sqrt(weights @ (draws - mean) ** 2)
+    return float(np.max(np.abs(mean - means) / sds)), float(np.max(np.abs(sd / sds - 1)))
+
+
+def reached(row: dict[str, Any]) -> bool:
+    """Whether a fit is within the bounds."""
+    return row["mean"] < 0.1 and row["sd"] < 0.1 and row["khat"] < 0.7
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows, and what they add up to for each PPL."""
+    head = ["posterior", "dim", "PPL", "seed", "mean, sds", "sd", "k-hat", "ESS", "verdict", "seconds", "steps"]
+    head += ["start: mean", "weighted", "k-hat", "NUTS: mean", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for r in rows:
+        reference = posteriors.reference(r["name"])
+        cells = [
+            r["name"],
+            posteriors.POSTERIORS[r["name"]].dim,
+            r["ppl"],
+            r["seed"],
+            f"{r['mean']:.3f}",
+            f"{r['sd']:.1%}",
+        ]
+        cells += [f"{r['khat']:.2f}", f"{r['ess']:.0%}", r["verdict"], f"{r['seconds']:.0f}", r["steps"]]
+        cells += [f"{r['start_mean']:.2f}", f"{r['start_weighted_mean']:.2f}", f"{r['start_khat']:.2f}"]
+        cells += [f"{reference['nuts_mean_error']:.2f}", f"{reference['nuts_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for ppl in PPLS:
+        mine = [r for r in rows if r["ppl"] == ppl]
+        by_name = {name: [reached(r) for r in mine if r["name"] == name] for name in {r["name"] for r in mine}}
+        confident = sum(r["verdict"] == "good" and r["raw_mean"] > 0.3 for r in mine)
+        unflagged = sum(r["verdict"] != "not to be trusted" and not reached(r) for r in mine)
+        if mine:
+            lines.append(
+                f"\n{ppl}: {sum(map(all, by_name.values()))} of {len(by_name)} posteriors within the bounds with every seed, "
+                f"{sum(map(reached, mine))} of {len(mine)} fits; {unflagged} outside of them and not flagged; "
+                f"{confident} confident errors."
+            )
+    return "\n".join(lines)
+
+
+def _in_a_process(ppl: str, name: str, seed: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks", "fit", "--one", ppl, name, str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"ppl": ppl, "name": name, "seed": seed, "error": done.stderr[-2000:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs every fit in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks fit", description=__doc__)
+    parser.add_argument("--ppl", choices=PPLS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--names", nargs="+", default=list(posteriors.POSTERIORS), choices=list(posteriors.POSTERIORS))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at a time; seconds mean little with more than one"
+    )
+    parser.add_argument("--output", type=Path, help="a file for the rows")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        ppl, name, seed = options.one
+        print(json.dumps(run(ppl, name, int(seed))))
+        return
+    ppls = PPLS if options.ppl is None else (options.ppl,)
+    tasks = [(ppl, name, seed) for seed in range(options.seeds) for name in options.names for ppl in ppls]
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(_in_a_process, *task) for task in tasks]):
+            row = done.result()
+            print(row.get("error") or json.dumps(row), file=sys.stderr, flush=True)
+            rows.append(row)
+            if options.output:
+                options.output.write_text(json.dumps(rows, indent=1))
+    print(table([r for r in sorted(rows, key=lambda r: (r["ppl"], r["name"], r["seed"])) if "error" not in r]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,79 @@
+"""A plate of local latents: the bijection of one element, and the sizes that a model asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+
+from flowppl.errors import UnsupportedModelError
+from flowppl.plates import differs
+
+
+def bijection_of_one(site: Any, dim: int) -> Any:
+    """The bijection onto the support that a site has in each element of the plate at `dim`.
+
+    Raises:
+        UnsupportedModelError: elements differ.
+    """
+    support = site["fn"].support
+    of_all, of_one = biject_to(support), biject_to(_of_one(support, dim - site["fn"].event_dim))
+    u = of_all.inv(site["value"])
+    if not torch.allclose(of_all(u), of_one(u), rtol=1e-4, equal_nan=True):
+        raise differs(site["name"])
+    return of_one
+
+
+def _of_one(constraint: Any, axis: int) -> Any:
+    """A constraint with the first entry of every bound along an axis: torch expands the bounds of what is in a plate."""
+    if isinstance(constraint, Tensor):
+        return constraint.narrow(axis, 0, 1) if constraint.dim() >= -axis else constraint
+    if not isinstance(constraint, Constraint):
+        return constraint
+    new = copy.copy(constraint)
+    vars(new).update({name: _of_one(part, axis) for name, part in vars(constraint).items()})
+    return new
+
+
+class _Opened(Exception):
+    """Ends a run of a model at a plate."""
+
+
+class _StopAt(Messenger):
+    """Reads off a plate's full size, how much of it is asked for and, where given, which elements."""
+
+    opened: tuple[int, int | None, Any] | None = None
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and site_is_subsample(msg):
+            self.opened = msg["fn"].size, msg["fn"].subsample_size, msg["value"]
+            raise _Opened
+
+
+def plate_sizes(model: Callable, plate: str, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int | None, Any]:
+    """The full size of a plate, how much of it the model asks for and, where it says so, which elements, given its arguments.
+
+    The model runs up to the plate.
+
+    Raises:
+        UnsupportedModelError: it opens no such plate.
+    """
+    stop = _StopAt(plate)
+    with contextlib.suppress(_Opened), torch.no_grad(), poutine.block(), stop:
+        model(*args, **kwargs)
+    if stop.opened is None:
+        raise UnsupportedModelError(f"plate: with these arguments the model opens no plate {plate!r}")
+    return stop.opened
