@@ -68,12 +68,12 @@ def extras() -> dict[str, list[Requirement]]:
 
     def resolve(extra: str) -> Iterator[Requirement]:
         for line in found[extra]:
-            name, others, least = re.match(r"([\w.-]+)(?:\[(.*?)\])?(?:.*>=\s*([\w.]+))?", line).groups()  # type: ignore[union-attr]
+            name, others, least = re.findall(r"^([\w.-]+)(?:\[(.*?)\])?(?:.*>=\s*([\w.]+))?", line)[0]
             if name == "flowppl":
                 for other in others.split(","):
                     yield from resolve(other.strip())
             else:
-                yield Requirement(name, least or "")
+                yield Requirement(name, least)
 
     return {extra: list(resolve(extra)) for extra in found if extra not in _OF_DEVELOPERS}
 
