@@ -18,6 +18,7 @@ _DECAY = 1.0  # of the steps until the plateau, spent on annealing the step size
 _PATIENCE = 2  # chunks without a gain that make a plateau
 _FALL = 0.3  # the factor on the step size after a chunk that made things worse
 _SMALLEST = 1e-3  # the factor at which training gives up
+_WORTH = 0.5  # nats gained by annealing that make it worthwhile to go on with smaller steps
 _LOSS = 0.2  # nats that a chunk may lose beside its noise
 _MEMORY = 0.98  # of the averaged iterates
 
@@ -113,7 +114,8 @@ def train(
     """Trains until neither the objective nor the Fisher divergence gets better by more than its noise, then anneals.
 
     The step size starts high. A chunk that makes things worse is undone, and the step size falls. Once nothing is gained any more,
-    it goes to zero along half a cosine, and the average of the last iterates is the result.
+    it goes to zero along half a cosine, and the average of the last iterates is the result. If that gained much, the step size was
+    too large to see it, and training goes on with a smaller one.
 
     Args:
         gradient: Estimates the objective and its gradient.
@@ -168,17 +170,28 @@ def plan(history: Sequence[Record], options: Options) -> Move | None:
     """The step sizes of the next chunk, from the records alone; None at the end."""
     if not history:
         return Move(1.0)
-    last, kept = history[-1], [r for r in history if r.kept]
+    last, cycle = history[-1], _cycle(history)
+    left = options.max_steps // options.chunk - len(history)
+    if last.move.end > 1 - 1e-9:
+        # What annealing has gained, smaller steps may go on with.
+        plateau = next(r for r in reversed(cycle) if r.move.end == 0)
+        return Move(_FALL * last.move.level) if last.elbo - plateau.elbo > _WORTH and left > _PATIENCE else None
     if last.move.end > 0:
-        begin, end = last.move.end, 2 * last.move.end - last.move.begin
-        return None if begin > 1 - 1e-9 else Move(last.move.level, begin, min(end, 1.0))
+        end = 2 * last.move.end - last.move.begin
+        return Move(last.move.level, last.move.end, end if end < 1 - 1e-9 else 1.0)
     level = last.move.level * (1 if last.kept else _FALL)
     if level < _SMALLEST:
         return None
-    pieces = math.ceil(_DECAY * len(history))
-    if len(history) + pieces >= options.max_steps / options.chunk or (last.kept and _plateau(kept)):
+    pieces = max(1, min(math.ceil(_DECAY * len(history)), left))
+    if left <= pieces or (last.kept and _plateau([r for r in cycle if r.kept])):
         return Move(level, 0.0, 1 / pieces)
     return Move(level)
+
+
+def _cycle(history: Sequence[Record]) -> list[Record]:
+    """The records since an annealing before the last one ended: those that the next step is judged by."""
+    ends = [i + 1 for i, r in enumerate(history[:-1]) if r.move.end > 1 - 1e-9]
+    return list(history[ends[-1] if ends else 0 :])
 
 
 def _plateau(kept: Sequence[Record]) -> bool:
@@ -195,7 +208,8 @@ def _keeps(record: Record, history: Sequence[Record]) -> bool:
     """Whether a chunk is no worse than those before it."""
     if not math.isfinite(record.elbo):
         return False
-    best = max((r for r in history if r.kept), key=lambda r: r.elbo, default=None)
+    cycle = [] if history and history[-1].move.end > 1 - 1e-9 else _cycle(history)
+    best = max((r for r in cycle if r.kept), key=lambda r: r.elbo, default=None)
     return best is None or record.elbo > best.elbo - _LOSS - 4 * math.hypot(record.elbo_error, best.elbo_error)
 
 

@@ -54,6 +54,15 @@ def test_a_falling_fisher_divergence_is_a_gain_too():
     assert plan([record() for _ in range(6)], Options()).end > 0
 
 
+def test_what_annealing_gains_smaller_steps_go_on_with():
+    """A plateau at too large a step size: annealing finds two nats, so there is a second round at 0.3 of it, and no third."""
+    elbos = [0.0] * 4 + [2.0] * 100
+    history = moves(elbos)
+    ends = [i for i, r in enumerate(history) if r.move.end == 1.0]
+    assert len(ends) == 2 and ends[-1] == len(history) - 1
+    assert history[ends[0] + 1].move == Move(0.3)
+
+
 def test_the_budget_holds():
     options = Options(max_steps=2000, chunk=250)
     assert len(moves(list(range(1000)), options)) == 8

@@ -57,6 +57,10 @@ POSTERIORS: dict[str, Posterior] = {
 }
 
 
+# Sites of which elements have no posterior variance, and are judged by their logarithms.
+WITHOUT_VARIANCE = {"horseshoe": ("lam",)}
+
+
 def load(name: str) -> tuple[np.ndarray, ...]:
     """Positional arguments of a posterior's models, as float64 arrays."""
     return POSTERIORS[name].load()

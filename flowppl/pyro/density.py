@@ -130,7 +130,12 @@ class LogDensity:
         return {name: x.reshape(u.shape[:-1] + x.shape[1:]) for name, x in values.items()}
 
     def _raw(self, u: Tensor) -> Tensor:
-        log_prior, log_likelihood, _ = self._terms(self._checked(u))
+        try:
+            log_prior, log_likelihood, _ = self._terms(self._checked(u))
+        except torch.linalg.LinAlgError:  # a matrix of one point that has no Cholesky factor spoils the whole batch
+            if len(u) == 1:
+                return torch.nan * u.sum(-1)
+            return torch.cat([self._raw(half) for half in u.chunk(2)])
         return log_prior + log_likelihood
 
     def _checked(self, u: Tensor) -> Tensor:

@@ -96,17 +96,20 @@ def test_a_file_comes_back_with_the_same_posterior(posterior, tmp_path):
         Posterior.load(path, other, YEAR, y=Y)
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_from_another(posterior):
     """Ten more numbers move the posterior: from the old one on, one chunk of steps will do."""
     more = fit(trend, YEAR[:30], y=Y[:30], start=posterior, seed=1, **{**QUICK, "max_steps": 250})
     assert more.diagnose().verdict == "good"
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_the_users():
     found = fit(trend, YEAR, Y, optimizer=optax.sgd(1e-2), **{**QUICK, "max_steps": 250})
     assert found.khat < 0.7 or found.ess > 1900
 
 
+@pytest.mark.slow
 def test_two_modes_are_not_to_be_trusted():
     """Either mode alone looks perfect; the search for a start has seen the other."""
 
@@ -121,6 +124,7 @@ def test_two_modes_are_not_to_be_trusted():
     assert "anneal" in found.diagnose().advice
 
 
+@pytest.mark.slow
 def test_a_model_that_insists_on_float32():
     """A loop whose state starts in float32 cannot take float64 latents."""
 

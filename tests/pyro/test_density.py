@@ -276,3 +276,20 @@ def test_other_errors():
     density = LogDensity(no_density("none"))
     with pytest.raises(DimensionError, match=r"expected shape \(batch, 1\), got \(1,\)"):
         density.log_prob(torch.zeros(1))
+
+
+def test_a_matrix_without_a_cholesky_factor_is_no_density():
+    """One bad point of a batch: torch raises for all of them, but only that one has the density zero."""
+
+    def model():
+        rho = pyro.sample("rho", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(rho)
+        kernel = torch.stack([torch.stack([one, rho], -1), torch.stack([rho, one], -1)], -2)
+        pyro.factor("f", torch.linalg.cholesky(kernel)[..., 1, 1].log())
+
+    density = LogDensity(model)
+    u = torch.tensor([[0.1], [2.0], [-0.5]])
+    value, score = density.value_and_score(u)
+    expected = dist.Normal(0.0, 1.0).log_prob(u[:, 0]) + 0.5 * torch.log1p(-(u[:, 0] ** 2))
+    torch.testing.assert_close(value[[0, 2]], expected[[0, 2]])
+    assert value[1] == -math.inf and score[[0, 2]].isfinite().all()
