@@ -3,10 +3,10 @@
     python -m benchmarks fit [--ppl numpyro|pyro] [--seeds 3] [--names engel cars ...] [--jobs 1] [--output rows.json]
 
 For each posterior: the normal at the start, the same importance-weighted, and the fit, by the largest error of any mean in
-reference sds, the largest relative error of any sd (both of logarithms where a half-Cauchy scale has no variance), k-hat, the verdict,
-and the seconds from call to verdict, compilation included, beside those of a default NUTS run (four chains of 1000 + 1000 draws) and
-its own error. The bounds: means within 0.1, sds within 10 % and k-hat below 0.7. A confident error is a verdict "good" with a mean off
-by more than 0.3.
+reference sds, the largest relative error of any sd (both of logarithms where a half-Cauchy scale has no variance), k-hat, the
+verdict, and the seconds from call to verdict, compilation included, beside those of a default NUTS run (four chains of 1000 + 1000
+draws) and its own error. The bounds: means within 0.1, sds within 10 % and k-hat below 0.7. A confident error is a verdict "good"
+with a mean off by more than 0.3.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from flowppl.training import Options, Record, train
 
 _SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
-_WIDE = 0.05  # the share of draws from a wider base
+_WIDE = 20  # one draw of so many comes from a wider base
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
 _MISSED = 3.0  # nats by which a flow's density may be too low on average in another mode
@@ -106,7 +106,9 @@ def fit_flow(
         normal = problem.normal(own)
         start = problem.flow.init(backend.rng(own, problem.like), problem.like)
         modes += [_as_normal(problem, start, mode) for mode in normal.others]
-        memory = checkpoint and Checkpoint(f"{checkpoint}.{i}" if i else checkpoint, _task(problem, own, options))
+        memory = checkpoint and Checkpoint(
+            f"{checkpoint}.{i}" if i else checkpoint, _task(problem, normal, own, options)
+        )
         weigh = partial(draw, seed=own, n=num_samples)
         runs.append(_run(problem, start, normal, own, options, weigh, warm, memory or None, progress))
     best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
@@ -123,22 +125,21 @@ def sampler(problem: Problem) -> Callable[..., Draws]:
     distributions". The wider base is 1.6 nats from the base in any dimension.
     """
     backend = backend_of(problem.like)
-
-    wide = max(1, round(_WIDE * _CHUNK)) if isinstance(problem.flow.base, Normal) else 0
+    defensive = isinstance(problem.flow.base, Normal)
     scale = math.sqrt(1 + 2.5 / math.sqrt(problem.flow.dim))
+    wide = _like(problem, np.where(np.arange(_CHUNK) % _WIDE == 0, scale, 1.0)[:, None])
 
     @backend.jit
     def some(variables: dict[str, Any], rng: Any) -> tuple[Array, Array]:
         xp, flow = backend.xp, problem.flow
         z = flow.base.sample(rng, bind(variables)["base"], (_CHUNK, flow.dim), problem.like)
-        z = xp.concat([scale * z[:wide], z[wide:]])
+        z = wide * z if defensive else z
         sample = flow.push(variables, z, with_log_prob=True)
         log_q = sample.log_prob
-        if wide:
-            # log of the wide normal over the plain one, at z
+        if defensive:
+            # The wide normal over the plain one, at z.
             log_ratio = 0.5 * (1 - scale**-2) * xp.sum(z * z, axis=-1) - flow.dim * math.log(scale)
-            share = wide / _CHUNK
-            both = xp.stack([math.log1p(-share) + 0 * log_ratio, math.log(share) + log_ratio])
+            both = xp.stack([math.log(1 - 1 / _WIDE) + 0 * log_ratio, log_ratio - math.log(_WIDE)])
             log_q = log_q + backend.logsumexp(both, axis=0)
         return sample.x, problem.log_prob(sample.x) - log_q
 
@@ -249,7 +250,8 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
-def _task(problem: Problem, seed: int, options: Options) -> dict[str, Any]:
-    """What makes two fits the same, as JSON types; data are not among it."""
+def _task(problem: Problem, normal: NormalApproximation, seed: int, options: Options) -> dict[str, Any]:
+    """What makes two fits the same, as JSON types; the ELBO of the start stands for model and data."""
     chosen = {k: v for k, v in vars(options).items() if k != "optimizer"}
-    return {"flow": describe(problem.flow), "seed": seed, "dtype": str(problem.like.dtype), **chosen}
+    data = f"{normal.elbo:.9g}"
+    return {"flow": describe(problem.flow), "seed": seed, "data": data, "dtype": str(problem.like.dtype), **chosen}
