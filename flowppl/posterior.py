@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flowppl import weights
-from flowppl.diagnostics import Verdict, diagnose
+from flowppl.diagnostics import Verdict, diagnose, inference_data
 from flowppl.diagnostics.compare import Evidence, evidence
-from flowppl.errors import MissingExtraError
+from flowppl.errors import FitWarning, MissingExtraError
 from flowppl.fitting import Fit
 
 Array = np.ndarray
@@ -110,17 +111,35 @@ class WeightedPosterior:
             at = weights.resample_systematic(rng, np.log(self.weights), n=num_samples)
         return rng.permutation(at)
 
-    def _groups(self, num_samples: int, log_likelihood: Callable | None) -> dict[str, dict[str, Array]]:
-        """Resampled draws by ArviZ's groups, in one chain."""
+    def to_arviz(self, *, num_samples: int = 4000, log_likelihood: bool = False) -> Any:
+        """Resampled draws for ArviZ, in one chain.
+
+        Args:
+            num_samples: How many.
+            log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
+
+        Returns:
+            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp is log p, log_weight is
+            log p / q, by which draws were resampled) and log_likelihood.
+
+        Raises:
+            MissingExtraError: ArviZ is not installed.
+        """
         at = self._resampled(num_samples, 0)
         samples = {name: x[at] for name, x in self.samples.items()}
-        log_p, _ = self._value_and_score(self.unconstrained[at])
         groups = {
             "posterior": samples,
-            "sample_stats": {"lp": log_p, "log_weight": self.log_weights[at]},
-            "log_likelihood": log_likelihood(samples) if log_likelihood else {},
+            "sample_stats": {
+                "lp": self._value_and_score(self.unconstrained[at])[0],
+                "log_weight": self.log_weights[at],
+            },
+            "log_likelihood": self._log_likelihood(samples) if log_likelihood else {},
         }
-        return {group: {k: v[None] for k, v in arrays.items()} for group, arrays in groups.items()}
+        return inference_data({group: {k: v[None] for k, v in arrays.items()} for group, arrays in groups.items()})
+
+    def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
+        """Log likelihood `(n, *shape)` of the observations by site, for draws `(n, *shape)` of the latents."""
+        raise NotImplementedError
 
     def diagnose(self) -> Verdict:
         """Whether the draws can stand for the posterior, and what to do next; `print` it. Computed once.
@@ -138,6 +157,13 @@ class WeightedPosterior:
                 value_and_score=self._value_and_score,
             )
         return self._verdict
+
+    def warn(self) -> None:
+        """Warns whoever called the caller, if the verdict is that the draws are not to be trusted."""
+        verdict = self.diagnose()
+        if verdict.verdict == "not to be trusted":
+            reason = f"the fit is {verdict.verdict}: {verdict.reasons[0]}; next: {verdict.advice}"
+            warnings.warn(reason, FitWarning, stacklevel=3)
 
     def plot(self, sites: Sequence[str] | None = None) -> Any:
         """Histograms of up to sixteen scalars, raw and reweighted, and the course of the training.

@@ -208,6 +208,11 @@ def vmap(f: Callable, in_axes: Any = 0) -> Callable:
 # Random numbers
 
 
+def rng(seed: int, like: Array | None = None) -> Rng:
+    """A generator."""
+    return np.random.default_rng(seed)
+
+
 def split(rng: Rng, n: int = 2) -> Sequence[Rng]:
     """The same generator n times: it is its own state."""
     return [rng] * n

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import Predictive, init_to_median, log_likelihood
 
-from flowppl.diagnostics import inference_data
-from flowppl.errors import FitWarning
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
 from flowppl.flows import Flow, Recipe, files
 from flowppl.numpyro.density import LogDensity
@@ -97,9 +94,7 @@ def fit(
             progress=progress,
         )
     posterior = Posterior(view, found)
-    verdict = posterior.diagnose()
-    if verdict.verdict == "not to be trusted":
-        warnings.warn(f"the fit is {verdict.verdict}: {verdict.reasons[0]}; next: {verdict.advice}", FitWarning, 2)
+    posterior.warn()
     return posterior
 
 
@@ -139,19 +134,6 @@ class Posterior(WeightedPosterior):
         with self._view.precise.context():
             predictive = Predictive(self._view.model, self.resample(num_samples, seed))
             return {name: np.asarray(x) for name, x in predictive(jax.random.key(seed), *args, **kwargs).items()}
-
-    def to_arviz(self, *, num_samples: int = 4000, log_likelihood: bool = False) -> Any:
-        """Resampled draws for ArviZ, in one chain.
-
-        Args:
-            num_samples: How many.
-            log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
-
-        Returns:
-            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp is log p, log_weight
-            is log p / q, by which draws were resampled) and log_likelihood.
-        """
-        return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
 
     def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
         view = self._view

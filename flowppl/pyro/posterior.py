@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from flowppl import tree
-from flowppl.diagnostics import inference_data
-from flowppl.errors import FitWarning
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
 from flowppl.flows import Flow, Recipe, files
 from flowppl.optim import Optimizer
@@ -98,9 +95,7 @@ def fit(
             progress=progress,
         )
     posterior = Posterior(view, found)
-    verdict = posterior.diagnose()
-    if verdict.verdict == "not to be trusted":
-        warnings.warn(f"the fit is {verdict.verdict}: {verdict.reasons[0]}; next: {verdict.advice}", FitWarning, 2)
+    posterior.warn()
     return posterior
 
 
@@ -137,19 +132,6 @@ class Posterior(WeightedPosterior):
         with seeded(torch.Generator().manual_seed(seed)), torch.no_grad():
             found = Predictive(self._view.model, draws)(*args, **kwargs)
         return {name: x.cpu().numpy() for name, x in found.items()}
-
-    def to_arviz(self, *, num_samples: int = 4000, log_likelihood: bool = False) -> Any:
-        """Resampled draws for ArviZ, in one chain.
-
-        Args:
-            num_samples: How many.
-            log_likelihood: Whether to add the log likelihood of each observation, for comparisons by `arviz.loo`.
-
-        Returns:
-            `InferenceData` (ArviZ 0.x) or a `DataTree` (1.x) with the groups posterior, sample_stats (lp is log p, log_weight
-            is log p / q, by which draws were resampled) and log_likelihood.
-        """
-        return inference_data(self._groups(num_samples, self._log_likelihood if log_likelihood else None))
 
     def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
         draws, rows = self._latent(samples), []
