@@ -26,6 +26,7 @@ from flowppl.bijections import (
 from flowppl.flows import Flow
 from tests.conftest import FRAMEWORKS
 from tests.registry import (
+    ALONE,
     CASES,
     COMPILED,
     FEW,
@@ -58,11 +59,15 @@ def pytest_generate_tests(metafunc):
     """One flow after the other, so that its reports are made once."""
     name = next((n for n in ("case", "few") if n in metafunc.fixturenames), None)
     those = FEW if name == "few" else list(CASES)
+    # What float32 does to a flow is the same in both frameworks; jax compiles each of them for seconds.
+    alone = ALONE if metafunc.function.__name__ == "test_float32" else those
     if "backend" not in metafunc.fixturenames:
         if name:
             metafunc.parametrize(name, cases(FRAMEWORKS[0], FRAMEWORKS, those), scope="module")
     elif name:
-        pairs = [(f, n) for n in those for f in FRAMEWORKS if n in cases(f, FRAMEWORKS)]
+        pairs = [
+            (f, n) for n in those for f in FRAMEWORKS if n in cases(f, FRAMEWORKS) and (f == "torch" or n in alone)
+        ]
         metafunc.parametrize(("backend", name), pairs, indirect=["backend"], scope="module")
     else:
         metafunc.parametrize("backend", FRAMEWORKS, indirect=True, scope="module")

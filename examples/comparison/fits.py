@@ -83,7 +83,7 @@ def run_all(fit: Callable[[str, str, Budget], Fit], models: Iterable[str], guide
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for model in models:
+    for model in list(models)[: 1 if options.quick else None]:
         for guide in guides:
             done = fit(model, guide, QUICK if options.quick else BUDGETS[model])
             done.save(options.folder)

@@ -86,6 +86,7 @@ def exact(y, prior_of=None):
     return w * y.mean(1) + (1 - w) * mu, np.sqrt(1 / (k + 1) + (1 - w) ** 2 / precision), mu, precision**-0.5
 
 
+@pytest.mark.slow
 def test_a_conjugate_hierarchy_from_minibatches():
     y, guide = data(60), small_guide(gradient="path", embedding=8)
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, 300))
@@ -162,6 +163,7 @@ def test_minibatches_add_up(ready):
     assert np.std(batches) > 0.1
 
 
+@pytest.mark.slow
 def test_many_kinds_of_sites(scramble):
     y, guide = data(6, 2), small_guide(rich, init_loc_fn=init_to_uniform)  # the median would compile gamma draws
     params = params_of(guide, scramble, y, 3, target=rich)
@@ -195,6 +197,7 @@ def test_many_kinds_of_sites(scramble):
     assert shapes(draws) == {"alone": (3, 2), "scale": (3, 2, 2), **shapes_of_local}
 
 
+@pytest.mark.slow
 def test_without_global_latents_and_with_an_encoder_of_ones_own(scramble):
     def local_only(y, batch_size=None):
         with numpyro.plate("groups", len(y), subsample_size=batch_size):

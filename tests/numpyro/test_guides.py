@@ -108,6 +108,7 @@ def test_pickling_before_and_after_training(trained):
     jax.tree.map(np.testing.assert_array_equal, draw(guide), from_arguments)
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap_give_different_flows_and_leak_nothing(small):
     guide = AutoFlow(model, small)
     svi = svi_of(guide)
@@ -155,6 +156,7 @@ def test_a_guide_that_met_its_model_under_jit_only(small):
         assert shapes(each.sample_posterior(KEY, params, X)) == {"a": (), "total": (3,)}
 
 
+@pytest.mark.slow
 def test_guides_in_a_list_with_different_prefixes(small):
     guide = AutoGuideList(model)
     guide.append(AutoFlow(handlers.block(model, hide=["p", "twice"]), small, prefix="rest"))
@@ -184,6 +186,7 @@ def mixture(x, marked=True):
         numpyro.sample("x", dist.Normal(3.0 * k, 1.0), obs=x)
 
 
+@pytest.mark.slow
 def test_enumerated_sites_beside_the_flow(small):
     """The posterior of the one continuous latent by quadrature; the loss bounds the evidence."""
     x = jnp.array([-0.5, 0.2, 0.4, 2.5, 3.1, 1.4])
