@@ -13,6 +13,7 @@ from numpyro.infer.initialization import init_to_median
 from numpyro.infer.util import initialize_model
 
 from flowppl.backend import get_backend
+from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.sites import Layout
 
 Array = Any
@@ -35,6 +36,9 @@ class LogDensity:
         init: A start `(dim,)`.
         names: The latent sites.
         shapes: Their unconstrained shapes.
+
+    Raises:
+        UnsupportedModelError: a plate subsamples.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -112,13 +116,20 @@ class LogDensity:
         return info.potential_fn(*self._args, **self._kwargs)
 
     def _initialize(self, model: Callable) -> Any:
-        with handlers.block():
-            return initialize_model(
-                self._key,
-                model,
-                init_strategy=self._init_loc_fn,
-                dynamic_args=True,
-                model_args=self._args,
-                model_kwargs=self._kwargs,
-                validate_grad=False,
-            )
+        try:
+            with handlers.block():
+                return initialize_model(
+                    self._key,
+                    model,
+                    init_strategy=self._init_loc_fn,
+                    dynamic_args=True,
+                    model_args=self._args,
+                    model_kwargs=self._kwargs,
+                    validate_grad=False,
+                )
+        except ValueError as error:
+            if "subsample" in str(error):
+                raise UnsupportedModelError(
+                    "a plate of the model subsamples: a density needs all of the data, so run the model without subsampling"
+                ) from error
+            raise
