@@ -65,6 +65,13 @@ class LogDensity:
         info = self._initialize(model)
         # By name: NumPyro adds the log-Jacobians as observed sites of its own.
         trace = info.model_trace.items()
+        for name, site in trace:
+            if site["type"] == "plate" and site["args"][0] != site["args"][1]:
+                size, subsample_size = site["args"]
+                raise UnsupportedModelError(
+                    f"plate {name!r} subsamples {subsample_size} of {size}: a density needs all of the data, so run the "
+                    "model without subsampling"
+                )
         self._observed = [name for name, site in trace if site["type"] == "sample" and site["is_observed"]]
         self._potential = info.potential_fn(*args, **self._kwargs)
         self._postprocess = handlers.seed(info.postprocess_fn(*args, **self._kwargs), key)
@@ -116,20 +123,13 @@ class LogDensity:
         return info.potential_fn(*self._args, **self._kwargs)
 
     def _initialize(self, model: Callable) -> Any:
-        try:
-            with handlers.block():
-                return initialize_model(
-                    self._key,
-                    model,
-                    init_strategy=self._init_loc_fn,
-                    dynamic_args=True,
-                    model_args=self._args,
-                    model_kwargs=self._kwargs,
-                    validate_grad=False,
-                )
-        except ValueError as error:
-            if "subsample" in str(error):
-                raise UnsupportedModelError(
-                    "a plate of the model subsamples: a density needs all of the data, so run the model without subsampling"
-                ) from error
-            raise
+        with handlers.block():
+            return initialize_model(
+                self._key,
+                model,
+                init_strategy=self._init_loc_fn,
+                dynamic_args=True,
+                model_args=self._args,
+                model_kwargs=self._kwargs,
+                validate_grad=False,
+            )
