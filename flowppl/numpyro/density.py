@@ -66,8 +66,8 @@ class LogDensity:
         # By name: NumPyro adds the log-Jacobians as observed sites of its own.
         trace = info.model_trace.items()
         for name, site in trace:
-            if site["type"] == "plate" and site["args"][0] != site["args"][1]:
-                size, subsample_size = site["args"]
+            size, subsample_size = site["args"][:2] if site["type"] == "plate" else (None, None)
+            if subsample_size not in (None, size):
                 raise UnsupportedModelError(
                     f"plate {name!r} subsamples {subsample_size} of {size}: a density needs all of the data, so run the "
                     "model without subsampling"
