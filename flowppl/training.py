@@ -151,10 +151,11 @@ def train(
     history: list[Record] = []
     if memory and (found := memory.load(state)):
         state, history = found
-    refresh = backend.xp.arange(options.chunk) % REFRESH == 0  # on the host, in torch
+    steps = min(options.chunk, options.max_steps)
+    refresh = backend.xp.arange(steps) % REFRESH == 0  # on the host, in torch
     while move := plan(history, options):
         rng = backend.rng(_seed(seed, len(history)), start)
-        after, seen = run(state, rng, backend.asarray(move.factors(options.chunk), start), refresh)
+        after, seen = run(state, rng, backend.asarray(move.factors(steps), start), refresh)
         skipped = int(backend.to_numpy(after.optimizer.skipped - state.optimizer.skipped))
         record = _record(move, tree.map(backend.to_numpy, seen), skipped)
         record = record._replace(kept=_keeps(record, history))
@@ -168,13 +169,13 @@ def train(
 
 def plan(history: Sequence[Record], options: Options) -> Move | None:
     """The step sizes of the next chunk, from the records alone; None at the end."""
-    if not history:
-        return Move(1.0)
-    last, cycle = history[-1], _cycle(history)
     left = options.max_steps // options.chunk - len(history)
+    if not history:
+        return Move(1.0) if left > 1 else Move(1.0, 0.0, 1.0)
+    last, cycle = history[-1], _cycle(history)
     if last.move.end > 1 - 1e-9:
         # What annealing has gained, smaller steps may go on with.
-        plateau = next(r for r in reversed(cycle) if r.move.end == 0)
+        plateau = next((r for r in reversed(cycle) if r.move.end == 0), last)
         return Move(_FALL * last.move.level) if last.elbo - plateau.elbo > _WORTH and left > _PATIENCE else None
     if last.move.end > 0:
         end = 2 * last.move.end - last.move.begin

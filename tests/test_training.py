@@ -66,7 +66,9 @@ def test_what_annealing_gains_smaller_steps_go_on_with():
 def test_the_budget_holds():
     options = Options(max_steps=2000, chunk=250)
     assert len(moves(list(range(1000)), options)) == 8
-    assert len(moves([0.0], Options(max_steps=250, chunk=250))) >= 1
+    for few in (100, 250, 400):
+        assert [r.move for r in moves([0.0], Options(max_steps=few, chunk=250))] == [Move(1.0, 0.0, 1.0)]
+    assert len(moves([0.0], Options(max_steps=500, chunk=250))) == 2
 
 
 def test_a_chunk_that_was_undone_is_followed_by_smaller_steps():
