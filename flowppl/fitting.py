@@ -22,11 +22,12 @@ from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.reverse_kl import reverse_kl
-from flowppl.training import Options, Record, train
+from flowppl.training import Options, Record, seed_of, train
 
 _SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
 _WIDE = 20  # one draw of so many comes from a wider base
+_DRAWS = 1  # a stream of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
 _MISSED = 3.0  # nats by which a flow's density may be too low on average in another mode
@@ -102,7 +103,7 @@ def fit_flow(
     runs: list[Fit] = []
     modes: list[dict[str, Any]] = []  # variables with which the flow is their normal
     for i in range(restarts + 1):
-        own = _seed(seed, i)
+        own = seed_of(seed, i)
         normal = problem.normal(own)
         start = problem.flow.init(backend.rng(own, problem.like), problem.like)
         modes += [_as_normal(problem, start, mode) for mode in normal.others]
@@ -122,7 +123,7 @@ def sampler(problem: Problem) -> Callable[..., Draws]:
 
     One draw in twenty comes from a wider base, and weights count both kinds as draws of one mixture. So they stay bounded where the
     flow's tails are too light, whatever the flow. Hesterberg 1995, "Weighted average importance sampling and defensive mixture
-    distributions". The wider base is 1.6 nats from the base in any dimension.
+    distributions". The wider base is at most 1.6 nats from the base, in any dimension.
     """
     backend = backend_of(problem.like)
     defensive = isinstance(problem.flow.base, Normal)
@@ -144,7 +145,7 @@ def sampler(problem: Problem) -> Callable[..., Draws]:
         return sample.x, problem.log_prob(sample.x) - log_q
 
     def draw(variables: dict[str, Any], seed: int, n: int) -> Draws:
-        parts = [some(variables, backend.rng(_seed(seed, i), problem.like)) for i in range(-(-n // _CHUNK))]
+        parts = [some(variables, backend.rng(seed_of(seed, i, _DRAWS), problem.like)) for i in range(-(-n // _CHUNK))]
         x, log_w = (
             np.concatenate([np.asarray(backend.to_numpy(backend.stop(part[k])), np.float64) for part in parts])[:n]
             for k in (0, 1)
@@ -244,10 +245,6 @@ def _like(problem: Problem, a: np.ndarray) -> Array:
 def _evidence(draws: Draws) -> Evidence:
     log_w = draws[1]
     return evidence(np.where(np.isnan(log_w) | (log_w == np.inf), -np.inf, log_w))
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 def _task(problem: Problem, normal: NormalApproximation, seed: int, options: Options) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from flowppl.flows import Flow, Recipe, part_of
 from flowppl.networks import MLP
 from flowppl.objectives.reverse_kl import Estimate
 from flowppl.posterior import coordinates
-from flowppl.simulations import Data, Scale, Simulator, features_of, seed_of, simulated
-from flowppl.training import Options, Record, State, train
+from flowppl.simulations import Data, Scale, Simulator, features_of, simulated
+from flowppl.training import Options, Record, State, seed_of, train
 
 __all__ = ["Amortized", "AmortizedPosterior", "amortize"]
 

@@ -11,7 +11,8 @@ import numpy as np
 from flowppl import weights
 from flowppl.diagnostics import Verdict, diagnose, inference_data
 from flowppl.diagnostics.compare import Evidence, evidence
-from flowppl.errors import FitWarning, MissingExtraError
+from flowppl.diagnostics.pictures import picture
+from flowppl.errors import FitWarning
 from flowppl.fitting import Fit
 
 Array = np.ndarray
@@ -39,9 +40,9 @@ class WeightedPosterior:
         value_and_score: Log density of the posterior and its gradient, for the HMC check, in numpy.
 
     Attributes:
-        samples: See above; draws of the flow as they are.
+        samples: See above; draws as they are, one in twenty from a wider base so that weights stay bounded.
         unconstrained: The same in the flow's coordinates, `(num_samples, dim)`.
-        log_weights: log p - log q of each draw, `(num_samples,)`.
+        log_weights: log p - log q of each draw, `(num_samples,)`, with q the mixture that they are from.
         weights: Smoothed weights that sum to one; all alike where weights cannot be trusted.
         history: What each chunk of steps of the training showed.
     """
@@ -50,8 +51,8 @@ class WeightedPosterior:
         self.unconstrained, self.log_weights = fit.draws
         self.samples, self.history = samples, fit.history
         self._names, self._value_and_score, self._others = list(names), value_and_score, fit.others
-        usable = np.isfinite(self.unconstrained).all(1) & (self.log_weights < np.inf)
-        self._evidence = evidence(np.where(usable, self.log_weights, -np.inf))
+        self._usable = np.isfinite(self.unconstrained).all(1) & (self.log_weights < np.inf)
+        self._evidence = evidence(np.where(self._usable, self.log_weights, -np.inf))
         self.start_draws = fit.start
         self._verdict: Verdict | None = None
 
@@ -64,11 +65,11 @@ class WeightedPosterior:
     def weights(self) -> Array:
         """Smoothed weights that sum to one; all alike where weights cannot be trusted."""
         e = self._evidence
-        return e.weight if e.reliable else np.full(len(e.weight), 1 / len(e.weight))
+        return e.weight if e.reliable else self._usable / max(self._usable.sum(), 1)
 
     @property
     def elbo(self) -> tuple[float, float]:
-        """The ELBO and its standard error."""
+        """The ELBO of the draws, at most 0.08 below that of the flow alone, and its standard error."""
         return self._evidence.elbo, self._evidence.elbo_error
 
     @property
@@ -88,12 +89,16 @@ class WeightedPosterior:
 
     def mean(self) -> dict[str, Array]:
         """Posterior means, `shape` by site."""
-        return {name: np.tensordot(self.weights, x, 1) for name, x in self.samples.items()}
+        counts = self.weights > 0  # others may have no value at all
+        return {name: np.tensordot(self.weights[counts], x[counts], 1) for name, x in self.samples.items()}
 
     def sd(self) -> dict[str, Array]:
         """Posterior standard deviations, `shape` by site."""
-        mean = self.mean()
-        return {name: np.sqrt(np.tensordot(self.weights, (x - mean[name]) ** 2, 1)) for name, x in self.samples.items()}
+        mean, counts = self.mean(), self.weights > 0
+        return {
+            name: np.sqrt(np.tensordot(self.weights[counts], (x[counts] - mean[name]) ** 2, 1))
+            for name, x in self.samples.items()
+        }
 
     def resample(self, num_samples: int | None = None, seed: int = 0) -> dict[str, Array]:
         """Draws of equal weight: `(num_samples, *shape)` by site, by systematic resampling, in random order.
@@ -177,10 +182,6 @@ class WeightedPosterior:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from flowppl.diagnostics.pictures import picture
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("matplotlib", "plots") from error
         chosen = self.samples if sites is None else {name: self.samples[name] for name in sites}
         return picture(chosen, self.weights, self.history)
 

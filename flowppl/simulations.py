@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from flowppl.errors import DimensionError, NonFiniteError, SiteError, UnsupportedModelError
+from flowppl.training import seed_of
 
 Array = np.ndarray
 Data = dict[str, Array]
@@ -130,8 +131,3 @@ def simulated(simulator: Simulator, num: int, stream: tuple[int, ...]) -> tuple[
             "use a summary that is finite"
         )
     return u[fine], features[fine], int(num - fine.sum())
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])

@@ -154,7 +154,7 @@ def train(
     steps = min(options.chunk, options.max_steps)
     refresh = backend.xp.arange(steps) % REFRESH == 0  # on the host, in torch
     while move := plan(history, options):
-        rng = backend.rng(_seed(seed, len(history)), start)
+        rng = backend.rng(seed_of(seed, len(history)), start)
         after, seen = run(state, rng, backend.asarray(move.factors(steps), start), refresh)
         skipped = int(backend.to_numpy(after.optimizer.skipped - state.optimizer.skipped))
         record = _record(move, tree.map(backend.to_numpy, seen), skipped)
@@ -228,5 +228,6 @@ def _record(move: Move, seen: Any, skipped: int) -> Record:
     return Record(move, *summary(seen.elbo), *summary(seen.fisher), lost, skipped, coefficient)
 
 
-def _seed(seed: int, chunk: int) -> int:
-    return int(np.random.SeedSequence((seed, chunk)).generate_state(1, np.uint32)[0])
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])

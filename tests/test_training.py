@@ -12,10 +12,11 @@ import pytest
 
 from flowppl import flows, optim, tree
 from flowppl.checkpoint import Checkpoint
-from flowppl.errors import CheckpointError
-from flowppl.fitting import Problem, default_flow, fit_flow, sampler
+from flowppl.errors import CheckpointError, MissingExtraError
+from flowppl.fitting import Fit, Problem, default_flow, fit_flow, sampler
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.reverse_kl import Control, no_control, reverse_kl
+from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
 
 CONSTANT = Move(1.0)
@@ -331,3 +332,27 @@ def test_the_average_of_the_iterates_is_returned(backend, make_rng):
 def test_default_flows():
     assert default_flow(3)(3).dim == 3
     assert default_flow(500).name == "affine"
+
+
+# The posterior
+
+
+def test_draws_without_a_value_do_not_count():
+    """One draw of two hundred overflowed: means and sds are those of the others, whether or not weights can be trusted."""
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((200, 1))
+    u[3] = np.nan
+    for log_w in (np.zeros(200), 5 * rng.standard_cauchy(200)):
+        found = WeightedPosterior(Fit({}, (u, log_w), [], [], None), {"x": np.exp(u[:, 0])}, ["x"], None)
+        assert np.isfinite(found.mean()["x"]) and np.isfinite(found.sd()["x"])
+        assert found.weights.sum() == pytest.approx(1.0) and found.weights[3] == 0
+        assert np.isfinite(found.resample(50)["x"]).all()
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = WeightedPosterior(
+        Fit({}, (np.zeros((20, 1)), np.zeros(20)), [], [], None), {"x": np.zeros(20)}, ["x"], None
+    )
+    with pytest.raises(MissingExtraError, match="plots"):
+        found.plot()

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from flowppl.errors import MissingExtraError
+
 _MOST = 16  # scalars
 
 
@@ -21,8 +23,14 @@ def picture(samples: Mapping[str, np.ndarray], weights: np.ndarray, history: Seq
 
     Returns:
         A matplotlib figure.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError("matplotlib", "plots") from missing
 
     scalars = [
         (site + (f"[{', '.join(map(str, index))}]" if index else ""), np.asarray(x)[(slice(None), *index)])
