@@ -14,8 +14,9 @@ from flowppl import flows, optim, tree
 from flowppl.checkpoint import Checkpoint
 from flowppl.errors import CheckpointError, MissingExtraError
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, sampler
+from flowppl.flows.affine_end import rescaled, whitening
 from flowppl.laplace import NormalApproximation
-from flowppl.objectives.reverse_kl import Control, no_control, reverse_kl
+from flowppl.objectives.reverse_kl import Control, Estimate, no_control, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
 
@@ -311,22 +312,56 @@ def test_checkpoints_of_other_fits_and_other_files_are_refused(backend, tmp_path
         Checkpoint(tmp_path / "other", {}).load(None)
 
 
-def test_the_average_of_the_iterates_is_returned(backend, make_rng):
-    """With a gradient of one and no momentum the iterates go down in equal steps, and their running mean lags behind."""
+def descend(backend, elbo):
+    """Training of one number with a gradient of one and no momentum, whose ELBO is a function of the number."""
     like = backend.asarray(backend.xp.zeros(1, dtype=backend.xp.float64))
 
     def gradient(variables, rng, control, refresh):
-        zero = backend.xp.zeros_like(like[0])
-        from flowppl.objectives.reverse_kl import Estimate
-
-        return Estimate(zero, zero, zero, zero), tree.map(backend.xp.ones_like, variables["params"]), control
+        value, zero = elbo(variables["params"]["w"][0]), backend.xp.zeros_like(like[0])
+        return Estimate(value, zero, zero, zero), tree.map(backend.xp.ones_like, variables["params"]), control
 
     plain = optim.Optimizer(lambda params: (), lambda grads, state: (tree.map(lambda g: -g, grads), state))
-    found, history = train(
-        gradient, {"params": {"w": like}, "const": {}}, 0, Options(max_steps=10, chunk=10, optimizer=plain)
-    )
-    moved = -sum(r.move.factors(10).sum() for r in history)
-    assert moved < float(found["params"]["w"][0]) < 0
+    options = Options(max_steps=200, chunk=10, optimizer=plain)
+    found, history = train(gradient, {"params": {"w": like}, "const": {}}, 0, options)
+    return float(found["params"]["w"][0]), history
+
+
+def averaged(history):
+    """The running mean of the iterates of those chunks that were kept."""
+    w = average = 0.0
+    for factor in np.concatenate([r.move.factors(10) for r in history if r.kept]):
+        w -= factor
+        average = 0.98 * average + 0.02 * w
+    return average
+
+
+def test_the_average_of_the_iterates_is_returned(backend):
+    found, history = descend(backend, lambda w: 0 * w)
+    assert all(r.kept for r in history)
+    assert found == pytest.approx(averaged(history))
+
+
+def test_chunks_that_make_it_worse_are_undone(backend):
+    """Every step loses a hundred nats: all chunks but the first, beside which there is nothing yet, are taken back."""
+    found, history = descend(backend, lambda w: 100 * w)
+    assert [r.kept for r in history] == [True] + [False] * (len(history) - 1) and len(history) > 3
+    assert found == pytest.approx(averaged(history))
+
+
+@pytest.mark.parametrize("flow", [flows.affine()(3), flows.nsf(layers=1, hidden=(4,), circular=(1,), boxed=True)(3)])
+def test_an_affine_map_goes_into_the_end(backend, make_rng, flow):
+    """The flow followed by x -> loc + scale x is the flow with the variables that `rescaled` returns."""
+    like = backend.asarray(backend.xp.zeros(3, dtype=backend.xp.float64))
+    rng = np.random.default_rng(0)
+    noise = lambda a: backend.asarray(backend.xp.asarray(0.3 * rng.standard_normal(tuple(a.shape))), like)
+    variables = flow.init(make_rng(0), like)
+    variables = {**variables, "params": tree.map(lambda a: a + noise(a), variables["params"])}
+    scale = np.tril(rng.standard_normal((3, 3)), -1) + np.diag([0.5, 2.0, 1e3])
+    loc, scale = whitening(flow, noise(like), backend.asarray(backend.xp.asarray(scale), like))
+    z = noise(backend.xp.stack([like] * 5))
+    expected = loc + flow.push(variables, z).x @ scale.T
+    found = flow.push(rescaled(flow, variables, loc, scale), z).x
+    np.testing.assert_allclose(backend.to_numpy(found), backend.to_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_default_flows():
