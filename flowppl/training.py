@@ -11,7 +11,7 @@ import numpy as np
 
 from flowppl import optim, tree
 from flowppl.backend import Array, Tree, backend_of
-from flowppl.objectives.reverse_kl import REFRESH, Control, no_control
+from flowppl.objectives.control import REFRESH, Control, no_control
 
 _NOISE = 2.0  # standard errors below which a change is none
 _DECAY = 1.0  # of the steps until the plateau, spent on annealing the step size to zero

@@ -16,7 +16,8 @@ from flowppl.errors import CheckpointError, MissingExtraError
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, sampler
 from flowppl.flows.affine_end import rescaled, whitening
 from flowppl.laplace import NormalApproximation
-from flowppl.objectives.reverse_kl import Control, Estimate, no_control, reverse_kl
+from flowppl.objectives.control import Control, no_control
+from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
 

@@ -8,24 +8,9 @@ from typing import Any, NamedTuple
 from flowppl import tree
 from flowppl.backend import backend_of
 from flowppl.flows import Flow
+from flowppl.objectives.control import Control
 
 Array = Any
-REFRESH = 10  # steps between two looks at the estimators' covariance
-_MEMORY = 0.9  # of its running means
-
-
-class Control(NamedTuple):
-    """Running means of <g_path, s> and <s, s>, with s the score term that the plain estimator has and the path one lacks."""
-
-    cross: Array
-    square: Array
-
-    @property
-    def coefficient(self) -> Array:
-        """c of g_path + c s: zero is the path estimator, one the plain one, and this has the least variance between them."""
-        xp = backend_of(self.square).xp
-        known = self.square > 0
-        return xp.clip(xp.where(known, -self.cross / xp.where(known, self.square, 1.0), 0.0), 0.0, 1.0)
 
 
 class Estimate(NamedTuple):
@@ -35,12 +20,6 @@ class Estimate(NamedTuple):
     fisher: Array  # E |d log q / dx - d log p / dx|^2, zero where q is the posterior
     lost: Array  # the share of draws whose density or gradient is not finite; they are left out of everything
     coefficient: Array  # of the score term
-
-
-def no_control(like: Array) -> Control:
-    """A control that has seen nothing: path gradients."""
-    zero = backend_of(like).asarray(0.0, like)
-    return Control(zero, zero)
 
 
 def reverse_kl(
@@ -98,16 +77,8 @@ def reverse_kl(
 
     def look(control: Control) -> Control:
         (term,) = pull((-score / n, each))
-        cross = sum(xp.sum((g - c * s) * s) for g, s in _pairs(grads, term))
-        square = sum(xp.sum(s * s) for _, s in _pairs(grads, term))
-        return Control(
-            *(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(control, (cross, square), strict=True))
-        )
+        return control.updated(tree.map(lambda g, s: g - c * s, grads, term), term)
 
     control = backend.cond(refresh, look, lambda control: control, control)
     lost = 1 - xp.mean(xp.astype(fine, x.dtype))
     return Estimate(mean(log_p - log_q), mean(xp.sum(gap * gap, axis=-1)), lost, c), grads, control
-
-
-def _pairs(a: Any, b: Any) -> Any:
-    return zip(tree.leaves(a), tree.leaves(b), strict=True)

@@ -1,0 +1,271 @@
+"""Variational objectives as programs: functions of log-weights over particles, with the weights that their gradients give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flowppl.backend import Array, backend_of
+from flowppl.weights import log_mean_exp, normalize
+
+LogWeights = Array  # log p - log q of independent particles, (K, *batch)
+Value = Callable[[LogWeights], Array]  # to (*batch,)
+
+
+class Weights(NamedTuple):
+    """What multiplies each particle's gradient, both `(K, *batch)`."""
+
+    model: Array  # d log p / d (parameters of the model)
+    guide: Array  # the path gradient of log p - log q in the parameters of the guide
+
+
+@dataclass(frozen=True)
+class Program:
+    """An objective, to be maximised.
+
+    For any function phi of the log-weights of independent particles, the gradient of E[phi] in the guide's parameters is the
+    mean over particles of their path gradients, weighted by d phi / dl_k - d^2 phi / dl_k^2; in the model's parameters it has the
+    weights d phi / dl_k. For the importance-weighted bound that is the doubly reparametrised gradient of Tucker et al. 2018; the
+    rule is theirs, applied to each particle in turn.
+
+    Attributes:
+        value: phi, from log-weights `(K, *batch)` to `(*batch,)`, each element of the batch by itself, in operations that the
+            framework can differentiate.
+        weights: The weights of the gradients; None for those of the rule.
+        unbiased: Whether the gradients are those of the mean of `value`.
+        linear: Whether `value` is linear, so that it does not matter over which plates log-weights are summed before.
+    """
+
+    value: Value
+    weights: Callable[[LogWeights], Weights] | None = None
+    unbiased: bool = True
+    linear: bool = False
+
+    def __call__(self, log_w: LogWeights) -> tuple[Array, Weights]:
+        """The value and the weights of the gradients, without derivatives."""
+        log_w = backend_of(log_w).stop(log_w)
+        return self.value(log_w), derived(self.value, log_w) if self.weights is None else self.weights(log_w)
+
+
+def derived(value: Value, log_w: LogWeights) -> Weights:
+    """The weights of the gradients of E[phi], by differentiating phi twice; see `Program`."""
+    backend, k = backend_of(log_w), log_w.shape[0]
+    xp = backend.xp
+
+    def gradient(log_w: LogWeights) -> Array:
+        out, pull = backend.vjp(value, log_w)
+        return pull(xp.ones_like(out))[0]
+
+    first, pull = backend.vjp(gradient, log_w)
+    one_hot = backend.asarray(xp.eye(k, dtype=log_w.dtype), log_w)
+    rows = xp.broadcast_to(xp.reshape(one_hot, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
+    # Elements of the batch do not mix, so that one pullback yields the row of each of them.
+    second = xp.sum(rows * backend.vmap(lambda row: pull(row)[0])(rows), axis=1)
+    return backend.stop(Weights(first, first - second))
+
+
+def elbo() -> Program:
+    """The evidence lower bound, E[l]: reverse Kullback-Leibler divergence, with the gradient of Roeder et al. 2017."""
+
+    def weights(log_w: LogWeights) -> Weights:
+        each = backend_of(log_w).xp.ones_like(log_w) / log_w.shape[0]
+        return Weights(each, each)
+
+    return Program(lambda log_w: backend_of(log_w).xp.mean(log_w, axis=0), weights, linear=True)
+
+
+def iwae() -> Program:
+    """The importance-weighted bound log 1/K sum exp(l_k). Burda et al. 2016; gradient of Tucker et al. 2018."""
+    return renyi(0.0)
+
+
+def renyi(alpha: float) -> Program:
+    """The variational Renyi bound 1/(1 - alpha) log 1/K sum exp((1 - alpha) l_k): between IWAE (0) and the ELBO (towards 1).
+
+    Li & Turner 2016; as a bound for finite K, Daudel et al. 2023, "Alpha-divergence variational inference meets importance weighted
+    auto-encoders".
+
+    Raises:
+        ValueError: alpha is one (take `elbo`).
+    """
+    if alpha == 1:
+        raise ValueError("alpha is one, where the Renyi bound is the ELBO: use elbo()")
+
+    def value(log_w: LogWeights) -> Array:
+        return log_mean_exp((1 - alpha) * log_w, axis=0) / (1 - alpha)
+
+    def weights(log_w: LogWeights) -> Weights:
+        w = normalize((1 - alpha) * log_w, axis=0)
+        return Weights(w, alpha * w + (1 - alpha) * w * w)
+
+    return Program(value, weights)
+
+
+def cubo(order: float = 2.0) -> Program:
+    """Minus the chi upper bound of order n, 1/n log 1/K sum exp(n l_k): a guide that covers the posterior's mass.
+
+    Its model gradient pushes the bound down, so learn no model with it: see `vis`. Dieng et al. 2017, "Variational inference via
+    chi upper bound minimization".
+
+    Raises:
+        ValueError: the order is not above one.
+    """
+    if not order > 1:
+        raise ValueError(f"order must be above one, got {order}")
+    bound = renyi(1 - order)
+
+    def weights(log_w: LogWeights) -> Weights:
+        model, guide = bound(log_w)[1]
+        return Weights(-model, -guide)
+
+    return Program(lambda log_w: -bound.value(log_w), weights)
+
+
+def vis() -> Program:
+    """Variational importance sampling: the guide by the forward chi-square divergence, the model by log 1/K sum exp(l_k).
+
+    The guide that is best for estimating the evidence by importance sampling, and the model that this estimate is largest for. The
+    value is the estimate. Li et al. 2024, "Forward chi-square divergence based variational importance sampling".
+    """
+    chi2, bound = cubo(2.0), iwae()
+    return Program(bound.value, lambda log_w: Weights(bound(log_w)[1].model, chi2(log_w)[1].guide), unbiased=False)
+
+
+def rws() -> Program:
+    """Reweighted wake-sleep: model by log 1/K sum exp(l_k), guide by the forward Kullback-Leibler divergence.
+
+    The latter from self-normalised weights, with a bias of order 1/K. Bornschein & Bengio 2015; gradient of Tucker et al. 2018.
+    """
+
+    def weights(log_w: LogWeights) -> Weights:
+        w = normalize(log_w, axis=0)
+        return Weights(w, w - w * w)
+
+    return Program(lambda log_w: log_mean_exp(log_w, axis=0), weights, unbiased=False)
+
+
+def f_divergence(f: Callable[[Array], Array]) -> Program:
+    """Minus 1/K sum f(w_k / mean w), an f-divergence E_q f(p / q) with the evidence estimated by the mean weight.
+
+    Args:
+        f: From log(p / q) to f(p / q), element by element; convex in p / q, and zero at zero.
+    """
+
+    def value(log_w: LogWeights) -> Array:
+        xp = backend_of(log_w).xp
+        return -xp.mean(f(log_w - log_mean_exp(log_w, axis=0)[None]), axis=0)
+
+    return Program(value)
+
+
+def jensen_shannon() -> Program:
+    """Minus the Jensen-Shannon divergence; between covering and seeking modes, with gradients that are bounded in p / q."""
+
+    def f(log_ratio: Array) -> Array:
+        backend = backend_of(log_ratio)
+        ratio = backend.xp.exp(log_ratio)
+        return 0.5 * (ratio * log_ratio - (1 + ratio) * (backend.softplus(log_ratio) - math.log(2)))
+
+    return f_divergence(f)
+
+
+def alpha_divergence(alpha: float) -> Program:
+    """Minus Amari's alpha-divergence: reverse Kullback-Leibler at 0, forward at 1, half of chi-square at 2.
+
+    Raises:
+        ValueError: alpha is zero (take `elbo`) or one (take `rws`).
+    """
+    if alpha in (0, 1):
+        raise ValueError(f"alpha is {alpha}, where the divergence is a limit: use elbo() for 0, rws() for 1")
+
+    def f(log_ratio: Array) -> Array:
+        xp = backend_of(log_ratio).xp
+        return (xp.exp(alpha * log_ratio) - alpha * xp.exp(log_ratio) - (1 - alpha)) / (alpha * (alpha - 1))
+
+    return f_divergence(f)
+
+
+def tail_adaptive(beta: float = -1.0) -> Program:
+    """An f-divergence whose f follows the tail of the weights: particles weigh P(w > w_k)^beta, whatever the weights' variance.
+
+    The value is the ELBO; the model has its gradient. Wang, Liu & Liu 2018, "Variational inference with tail-adaptive f-divergence".
+
+    Raises:
+        ValueError: beta is not negative.
+    """
+    if not beta < 0:
+        raise ValueError(f"beta must be negative, got {beta}")
+    bound = elbo()
+
+    def weights(log_w: LogWeights) -> Weights:
+        backend = backend_of(log_w)
+        xp = backend.xp
+        # Ranks, ties alike: the share of particles whose weight is no smaller.
+        share = xp.mean(xp.astype(log_w[None] >= log_w[:, None], log_w.dtype), axis=1)
+        guide = share**beta
+        return Weights(bound(log_w)[1].model, guide / xp.sum(guide, axis=0))
+
+    return Program(bound.value, weights, unbiased=False)
+
+
+def mixture(parts: Sequence[tuple[float, Program]]) -> Program:
+    """A weighted sum of objectives, such as `mixture([(0.9, elbo()), (0.1, cubo())])`."""
+
+    def weights(log_w: LogWeights) -> Weights:
+        each = [(share, program(log_w)[1]) for share, program in parts]
+        return Weights(*(sum(share * w[i] for share, w in each) for i in (0, 1)))
+
+    return Program(
+        lambda log_w: sum(share * program.value(log_w) for share, program in parts),
+        weights,
+        unbiased=all(program.unbiased for _, program in parts),
+        linear=all(program.linear for _, program in parts),
+    )
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {
+    "elbo": elbo,
+    "iwae": iwae,
+    "cubo": cubo,
+    "vis": vis,
+    "rws": rws,
+    "jensen_shannon": jensen_shannon,
+    "tail_adaptive": tail_adaptive,
+}
+
+
+def get(program: str | Program | Value) -> Program:
+    """The program of a name, of a function of log-weights, or itself.
+
+    Raises:
+        ValueError: there is none of this name.
+        TypeError: it is none of these.
+    """
+    if isinstance(program, str):
+        if program not in PROGRAMS:
+            raise ValueError(f"an objective must be one of {', '.join(PROGRAMS)}, or a function, got {program!r}")
+        return PROGRAMS[program]()
+    if isinstance(program, Program):
+        return program
+    if callable(program):
+        return Program(program)
+    raise TypeError(f"an objective is a name, a Program or a function of log-weights, got {type(program).__name__}")
+
+
+class Cotangents(NamedTuple):
+    """A program's value `(*batch,)`, and what pulls its gradient back, each `(K, *batch)`."""
+
+    value: Array
+    model: Array  # of log p, to the model's parameters
+    latents: Array  # of log p, to the latents
+    frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
+    plain: Array  # of log q as a function of the guide's parameters altogether
+
+
+def cotangents(program: Program, log_w: LogWeights, coefficient: Any) -> Cotangents:
+    """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them."""
+    value, (model, guide) = program(log_w)
+    path = (1 - coefficient) * guide
+    return Cotangents(value, model, path + coefficient * model, -path, -coefficient * model)
