@@ -190,7 +190,8 @@ def alpha_divergence(alpha: float) -> Program:
 def tail_adaptive(beta: float = -1.0) -> Program:
     """An f-divergence whose f follows the tail of the weights: particles weigh P(w > w_k)^beta, whatever the weights' variance.
 
-    The value is the ELBO; the model has its gradient. Wang, Liu & Liu 2018, "Variational inference with tail-adaptive f-divergence".
+    The value is the ELBO, whose gradient the model has. Wang, Liu & Liu 2018, "Variational inference with
+    tail-adaptive f-divergence".
 
     Raises:
         ValueError: beta is not negative.
