@@ -33,6 +33,10 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], task: Any) -> None:
         self._path, self._task = Path(path), json.loads(json.dumps(task))
 
+    def beside(self, name: str) -> Checkpoint:
+        """The checkpoint of another part of the same task, in a file of its own."""
+        return Checkpoint(f"{self._path}.{name}", self._task)
+
     def save(self, state: State, history: Sequence[Record]) -> None:
         """Replaces the file.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,13 +20,16 @@ from flowppl.flows import Flow, Recipe
 from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
 from flowppl.laplace import NormalApproximation
+from flowppl.objectives.covering import chi_square, wider
 from flowppl.objectives.reverse_kl import reverse_kl
-from flowppl.training import Options, Record, seed_of, train
+from flowppl.training import Options, Record, annealed, seed_of, train
 
 _SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
-_WIDE = 20  # one draw of so many comes from a wider base
-_DRAWS = 1  # a stream of random numbers beside that of training
+_WIDE = 10  # one draw of so many reaches further
+_HEAVY = 0.4  # k-hat above which training goes on with the tails in view
+_COVERING = annealed(chunks=4, level=0.2)  # the step sizes then
+_DRAWS, _COVER = 1, 2  # streams of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
 _MISSED = 3.0  # nats by which a flow's density may be too low on average in another mode
@@ -121,28 +123,20 @@ def fit_flow(
 def sampler(problem: Problem) -> Callable[..., Draws]:
     """A function `draw(variables, seed, n)` that draws from the flow and weighs the draws.
 
-    One draw in twenty comes from a wider base, and weights count both kinds as draws of one mixture. So they stay bounded where the
-    flow's tails are too light, whatever the flow. Hesterberg 1995, "Weighted average importance sampling and defensive mixture
-    distributions". The wider base is at most 1.6 nats from the base, in any dimension.
+    One draw in ten reaches further than the base along one coordinate, and weights count both kinds as draws of one mixture: so
+    they stay bounded where the flow's tails are too light, whatever the flow. See `flowppl.objectives.covering.wider`.
     """
     backend = backend_of(problem.like)
     defensive = isinstance(problem.flow.base, Normal)
-    scale = math.sqrt(1 + 2.5 / math.sqrt(problem.flow.dim))
-    wide = _like(problem, np.where(np.arange(_CHUNK) % _WIDE == 0, scale, 1.0)[:, None])
 
     @backend.jit
     def some(variables: dict[str, Any], rng: Any) -> tuple[Array, Array]:
-        xp, flow = backend.xp, problem.flow
-        z = flow.base.sample(rng, bind(variables)["base"], (_CHUNK, flow.dim), problem.like)
-        z = wide * z if defensive else z
+        flow = problem.flow
+        base_rng, rng = backend.split(rng, 2)
+        z = flow.base.sample(base_rng, bind(variables)["base"], (_CHUNK, flow.dim), problem.like)
+        z, log_ratio = wider(rng, z, _WIDE) if defensive else (z, 0.0)
         sample = flow.push(variables, z, with_log_prob=True)
-        log_q = sample.log_prob
-        if defensive:
-            # The wide normal over the plain one, at z.
-            log_ratio = 0.5 * (1 - scale**-2) * xp.sum(z * z, axis=-1) - flow.dim * math.log(scale)
-            both = xp.stack([math.log(1 - 1 / _WIDE) + 0 * log_ratio, log_ratio - math.log(_WIDE)])
-            log_q = log_q + backend.logsumexp(both, axis=0)
-        return sample.x, problem.log_prob(sample.x) - log_q
+        return sample.x, problem.log_prob(sample.x) - sample.log_prob - log_ratio
 
     def draw(variables: dict[str, Any], seed: int, n: int) -> Draws:
         parts = [some(variables, backend.rng(seed_of(seed, i, _DRAWS), problem.like)) for i in range(-(-n // _CHUNK))]
@@ -209,11 +203,22 @@ def _run(
         return reverse_kl(flow, variables, whitened, rng, options.num_particles, control, refresh)
 
     trained, history = train(gradient, rescaled(flow, start, -inverse @ loc, inverse), seed, options, memory, progress)
-    trained = rescaled(flow, trained, loc, scale)
-    after = draw(trained)
+    after = draw(rescaled(flow, trained, loc, scale))
     if not _evidence(after).elbo >= _evidence(before).elbo:
-        trained, after = start, before
-    return Fit(trained, after, [], history, before)
+        return Fit(start, before, [], history, before)
+    enough = options.max_steps >= 2 * len(_COVERING) * options.chunk
+    if isinstance(flow.base, Normal) and enough and _evidence(after).khat > _HEAVY:
+
+        def cover(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
+            return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
+
+        memory = memory and memory.beside("tails")
+        covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, moves=_COVERING)
+        reaching = draw(rescaled(flow, covered, loc, scale))
+        history = history + more
+        if _evidence(reaching).khat < _evidence(after).khat:
+            trained, after = covered, reaching
+    return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
 
 
 def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:

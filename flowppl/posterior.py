@@ -40,7 +40,7 @@ class WeightedPosterior:
         value_and_score: Log density of the posterior and its gradient, for the HMC check, in numpy.
 
     Attributes:
-        samples: See above; draws as they are, one in twenty from a wider base so that weights stay bounded.
+        samples: See above; draws as they are, one in ten further out along one coordinate so that weights stay bounded.
         unconstrained: The same in the flow's coordinates, `(num_samples, dim)`.
         log_weights: log p - log q of each draw, `(num_samples,)`, with q the mixture that they are from.
         weights: Smoothed weights that sum to one; all alike where weights cannot be trusted.

@@ -29,7 +29,7 @@ class Options:
 
     Attributes:
         num_particles: Draws in each step.
-        max_steps: The most steps.
+        max_steps: The most steps, before those for the tails (`flowppl.fitting`).
         learning_rate: The step size of Adam at the start, which falls where it proves too large.
         optimizer: Another optimizer than Adam, as a pair of `init(params)` and `update(grads, state)`; its updates are scaled down
             as Adam's would be.
@@ -110,6 +110,7 @@ def train(
     options: Options,
     memory: Memory | None = None,
     progress: Callable[[Sequence[Record]], None] = lambda history: None,
+    moves: Sequence[Move] | None = None,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Trains until neither the objective nor the Fisher divergence gets better by more than its noise, then anneals.
 
@@ -124,6 +125,7 @@ def train(
         options: How.
         memory: Where to keep the state after each chunk, and whence to go on.
         progress: Called after each chunk with the records so far.
+        moves: The step sizes of each chunk, where they do not depend on what the chunks show; then none is undone.
 
     Returns:
         Trained variables, and a record of each chunk.
@@ -153,18 +155,29 @@ def train(
         state, history = found
     steps = min(options.chunk, options.max_steps)
     refresh = backend.xp.arange(steps) % REFRESH == 0  # on the host, in torch
-    while move := plan(history, options):
+
+    def following() -> Move | None:
+        if moves is None:
+            return plan(history, options)
+        return moves[len(history)] if len(history) < len(moves) else None
+
+    while move := following():
         rng = backend.rng(seed_of(seed, len(history)), start)
         after, seen = run(state, rng, backend.asarray(move.factors(steps), start), refresh)
         skipped = int(backend.to_numpy(after.optimizer.skipped - state.optimizer.skipped))
         record = _record(move, tree.map(backend.to_numpy, seen), skipped)
-        record = record._replace(kept=_keeps(record, history))
+        record = record._replace(kept=_keeps(record, history if moves is None else ()))
         state = after if record.kept else state
         history.append(record)
         if memory:
             memory.save(state, history)
         progress(history)
     return {**variables, "params": state.average}, history
+
+
+def annealed(chunks: int, level: float) -> list[Move]:
+    """Step sizes that fall from a level to zero along half a cosine, in so many chunks."""
+    return [Move(level, i / chunks, (i + 1) / chunks) for i in range(chunks)]
 
 
 def plan(history: Sequence[Record], options: Options) -> Move | None:

@@ -16,6 +16,7 @@ from flowppl.numpyro.files import load_flow, save_flow
 from flowppl.numpyro.flowjax import from_flowjax
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
+from flowppl.numpyro.objective import Objective, PathELBO
 from flowppl.numpyro.posterior import Posterior, fit
 from flowppl.numpyro.simulator import npe
 
@@ -25,6 +26,8 @@ __all__ = [
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
+    "Objective",
+    "PathELBO",
     "Posterior",
     "fit",
     "flow_module",

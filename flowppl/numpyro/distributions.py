@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import TransformedDistribution, constraints
+from numpyro.distributions import ExpandedDistribution, Independent, TransformedDistribution, constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
@@ -17,6 +20,26 @@ from flowppl.numpyro.bases import FlowBase
 from flowppl.objectives import check_gradient, path_log_prob
 
 Array = Any
+
+
+_asked_for: ContextVar[str | None] = ContextVar("gradient of draws", default=None)
+
+
+@contextmanager
+def gradient_of_draws(gradient: str) -> Iterator[None]:
+    """Inside, flows draw and score their draws as if they had been made with this gradient."""
+    token = _asked_for.set(gradient)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+def flow_of(fn: Any) -> FlowDistribution | None:
+    """The flow that a distribution is, expanded or turned into an event, or None."""
+    while isinstance(fn, ExpandedDistribution | Independent):
+        fn = fn.base_dist
+    return fn if isinstance(fn, FlowDistribution) else None
 
 
 class FlowTransform(Transform):
@@ -86,10 +109,10 @@ class FlowDistribution(TransformedDistribution):
         flow: The flow, of dimension d.
         variables: What `flow.init` returned, trained or not.
         context: `(*batch, context_dim)` or None; its batch is the distribution's batch shape.
-        gradient: "reparam" or "path".
+        gradient: "reparam" or "path"; "auto" leaves the choice to a loss of flowppl, and is "reparam" elsewhere.
 
     Raises:
-        ValueError: `gradient` is neither.
+        ValueError: `gradient` is none of these.
         DimensionError: the context does not fit the flow.
 
     Example:
@@ -134,9 +157,13 @@ class FlowDistribution(TransformedDistribution):
         """What the flow is conditioned on."""
         return self.transforms[0].context
 
+    @property
+    def _present(self) -> str:
+        return _asked_for.get() or self.gradient
+
     def sample_with_intermediates(self, key: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, list[Any]]:
         """Draws `(*sample_shape, *batch_shape, d)`; the intermediates are log density and scores of the same pass."""
-        path = self.gradient == "path"
+        path = self._present == "path"
         draw = self.flow.sample(key, self.variables, sample_shape, self.context, with_log_prob=True, with_score=path)
         return draw.x, [draw[1:] if path else draw[1:2]]
 
@@ -145,6 +172,6 @@ class FlowDistribution(TransformedDistribution):
         """Log density of any value `(*batch, d)`, `(*batch,)`; given a draw's intermediates, without another pass."""
         if not intermediates:
             return self.flow.log_prob(self.variables, value, self.context)
-        if self.gradient == "path":
+        if self._present == "path" and len(intermediates[0]) > 1:
             return path_log_prob(Sample(value, *intermediates[0]), value, self.context)
         return intermediates[0][0]

@@ -10,8 +10,10 @@ import jax
 import numpyro
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import mutable
 
 from flowppl.errors import NonFiniteError
+from flowppl.numpyro.objective import CONTROL, new_control
 from flowppl.numpyro.sites import hide_enumerated, look, refuse_moving_supports
 
 Array = Any
@@ -31,6 +33,7 @@ class ModelGuide(AutoGuide):
 
     model: Callable
     prototype_trace: Any
+    _gradient: str
     _init_locs: dict[str, Array]
 
     def __init__(self, model: Callable, prefix: str, init_loc_fn: Callable) -> None:
@@ -46,6 +49,8 @@ class ModelGuide(AutoGuide):
         """Meets the model, unless that has been done for good."""
         if self.prototype_trace is None or self._traced:
             self._setup_prototype(*args, **kwargs)
+        if self._gradient == "auto":
+            mutable(CONTROL, new_control())
 
     def _setup(self, rng: Array, args: tuple, kwargs: dict[str, Any]) -> None:
         """Meets the model outside of any handler that seeds."""

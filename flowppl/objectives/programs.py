@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from flowppl.backend import Array, backend_of
+from flowppl.objectives.path import check_gradient
 from flowppl.weights import log_mean_exp, normalize
 
 LogWeights = Array  # log p - log q of independent particles, (K, *batch)
+_TINY, _TINIEST = 1e-12, 1e-30  # beside the largest weight, and at all
 Value = Callable[[LogWeights], Array]  # to (*batch,)
 
 
@@ -255,11 +257,28 @@ def get(program: str | Program | Value) -> Program:
     raise TypeError(f"an objective is a name, a Program or a function of log-weights, got {type(program).__name__}")
 
 
+def requested(program: str | Program | Value, gradient: str, biased: bool) -> Program:
+    """The program that a loss asks for, if there is a gradient of this kind for it.
+
+    Raises:
+        ValueError: there is no such program or gradient, or the program is biased and that was not asked for.
+    """
+    check_gradient(gradient)
+    found = get(program)
+    if not found.unbiased and gradient != "path":
+        raise ValueError(f'this objective has no other gradient than "path", got {gradient!r}')
+    if not found.unbiased and not biased and not isinstance(program, str):
+        raise ValueError(
+            "this program's gradients are not those of its value: if that is what you want, pass biased=True"
+        )
+    return found
+
+
 class Cotangents(NamedTuple):
     """A program's value `(*batch,)`, and what pulls its gradient back, each `(K, *batch)`."""
 
     value: Array
-    model: Array  # of log p, to the model's parameters
+    model: Array  # of log p, to the model's parameters; nowhere zero, so that what it gives the latents can be rescaled
     latents: Array  # of log p, to the latents
     frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
     plain: Array  # of log q as a function of the guide's parameters altogether
@@ -268,5 +287,8 @@ class Cotangents(NamedTuple):
 def cotangents(program: Program, log_w: LogWeights, coefficient: Any) -> Cotangents:
     """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them."""
     value, (model, guide) = program(log_w)
+    xp = backend_of(log_w).xp
     path = (1 - coefficient) * guide
-    return Cotangents(value, model, path + coefficient * model, -path, -coefficient * model)
+    floor = _TINY * xp.max(xp.maximum(xp.abs(model), xp.abs(guide))) + _TINIEST
+    above_zero = xp.where(xp.abs(model) < floor, floor, model)
+    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model)
