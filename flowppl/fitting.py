@@ -213,7 +213,11 @@ def _run(
             return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
 
         memory = memory and memory.beside("tails")
-        covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, moves=_COVERING)
+
+        def seen(more: Sequence[Record]) -> None:
+            progress([*history, *more])
+
+        covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, seen, _COVERING)
         reaching = draw(rescaled(flow, covered, loc, scale))
         history = history + more
         if _evidence(reaching).khat < _evidence(after).khat:

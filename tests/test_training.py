@@ -10,20 +10,21 @@ import textwrap
 import numpy as np
 import pytest
 
-from flowppl import flows, optim, tree
+from flowppl import fitting, flows, optim, tree
 from flowppl.checkpoint import Checkpoint
 from flowppl.errors import CheckpointError, MissingExtraError
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, sampler
 from flowppl.flows.affine_end import rescaled, whitening
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.control import Control, no_control
+from flowppl.objectives.covering import chi_square
 from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
 
 CONSTANT = Move(1.0)
 LONG = Options(max_steps=100_000)
-SMALL = Options(num_particles=16, max_steps=40, chunk=10)
+SMALL = Options(num_particles=16, max_steps=40, chunk=5)
 
 
 def record(move=CONSTANT, elbo=0.0, error=0.1, fisher=1.0, kept=True):
@@ -176,6 +177,30 @@ def test_the_coefficient_falls_from_plain_to_path_where_the_fit_is_good(backend,
     assert float(estimate.coefficient) < 0.2
 
 
+def test_chi_square_is_the_gradient_of_its_divergence(backend):
+    """Against quadrature, for q = N(0, 1) and p = N(0.2, 1.1^2): half of d E_q (p/q)^2, and a tenth of reverse KL's.
+
+    200 000 draws: standard errors are 1 % of the larger entry.
+    """
+    like = backend.asarray(backend.xp.zeros(1, dtype=backend.xp.float64))
+    flow = flows.affine()(1)
+    variables = flow.init(backend.rng(0, like), like)
+    target = lambda x: -0.5 * ((x[:, 0] - 0.2) / 1.1) ** 2 + 3.0
+    estimate, grads = chi_square(flow, variables, target, backend.rng(1, like), 200_000)
+    z, weight = np.polynomial.hermite_e.hermegauss(80)
+    weight = weight / weight.sum()
+    log_w = -0.5 * ((z - 0.2) / 1.1) ** 2 + 0.5 * z**2 - math.log(1.1)
+    cotangent = (np.exp(2 * log_w) + 0.1) * (-z + (z - 0.2) / 1.21) * weight
+    nodes = backend.asarray(z[:, None], like)
+    _, pull = backend.vjp(lambda p: flow.push({**variables, "params": p}, nodes).x, variables["params"])
+    (exact,) = pull(backend.asarray(cotangent[:, None], like))
+    found, exact = ([float(a.sum()) for a in tree.leaves(t)] for t in (grads, exact))
+    assert found == pytest.approx(exact, abs=0.01) and max(map(abs, exact)) > 0.1
+    assert float(estimate.elbo) == pytest.approx(
+        weight @ log_w + 3.0 + math.log(1.1) + 0.5 * math.log(2 * math.pi), abs=0.01
+    )
+
+
 # Training
 
 
@@ -190,7 +215,8 @@ def test_a_banana_is_learned(backend):
     options = Options(num_particles=64, max_steps=400, chunk=50, learning_rate=1e-2)
     fit = fit_flow(problem(backend, flows.nsf(layers=2, hidden=(8,), bins=4)), 0, options, num_samples=2000)
     log_w = fit.draws[1] - math.log(2 * math.pi)
-    assert np.mean(log_w) > -0.03 > np.mean(fit.start[1]) - math.log(2 * math.pi) + 0.05
+    # The draws that reach further cost up to 0.08.
+    assert np.mean(log_w) > -0.1 > np.mean(fit.start[1]) - math.log(2 * math.pi) + 0.05
     assert fit.history[-1].move.end == pytest.approx(1.0)
 
 
@@ -233,28 +259,32 @@ def test_weights_are_those_of_the_mixture_that_was_drawn_from(backend):
     flow = flows.affine()(2)
     variables = flow.init(backend.rng(0, like), like)
     x, log_w = sampler(Problem(flow, target, lambda seed: None, like))(variables, 0, 20_000)
-    scale = 1 + 2.5 / math.sqrt(2)
     assert np.mean(np.exp(log_w)) == pytest.approx(1.0, abs=0.004)
-    assert np.mean(x**2) == pytest.approx(0.95 + 0.05 * scale, abs=0.04)
+    assert np.mean(x**2) == pytest.approx(
+        0.95 + 0.05 * 4, abs=0.04
+    )  # one draw in ten has one of two coordinates doubled
     assert np.average(x**2, weights=np.tile(np.exp(log_w)[:, None], 2)) == pytest.approx(1.0, abs=0.04)
-    assert log_w.max() <= math.log(20 / 19) + 1e-12  # defended: no weight is above that of the plain draws' share
+    assert log_w.max() <= math.log(10 / 9) + 1e-12  # defended: no weight is above that of the plain draws' share
 
 
 # Interruptions
 
 
-def test_a_killed_run_ends_where_it_would_have(backend, tmp_path):
+def test_a_killed_run_ends_where_it_would_have(backend, tmp_path, monkeypatch):
+    """Killed twice while it trains, and once while it covers tails."""
+    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
     whole = fit_flow(problem(backend), 3, SMALL, num_samples=100)
+    length = len(whole.history)
     path = str(tmp_path / "run.ckpt")
 
     class Killed(Exception):
         pass
 
     def kill(history):
-        if len(history) in (1, 3):
+        if len(history) in (1, 3, length - 2):
             raise Killed
 
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Killed):
             fit_flow(problem(backend), 3, SMALL, num_samples=100, checkpoint=path, progress=kill)
     resumed = fit_flow(problem(backend), 3, SMALL, num_samples=100, checkpoint=path)
