@@ -123,10 +123,9 @@ class Objective(ELBO):
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """An estimate of the loss, attached to all parameters; the derivatives mean something once, and not their own."""
         run = self._get_trace(model, guide, args, kwargs)
-        c = self._coefficient()
-        value, weights = self._look(run, c)
         if not torch.is_grad_enabled():
-            return -value
+            return -self.program.value((run.log_p - run.log_q) / run.plates.scale).sum() * run.plates.scale
+        value, weights = self._look(run, self._coefficient())
         surrogate = run.pull(weights, plain=self.gradient == "auto")
         return -(surrogate + (value - surrogate).detach())
 
@@ -169,8 +168,6 @@ class Objective(ELBO):
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
         log_w = (run.log_p - run.log_q).detach() / run.plates.scale
-        if not torch.is_grad_enabled():
-            return self.program.value(log_w).sum() * run.plates.scale, None
         weights = programs.cotangents(self.program, log_w, coefficient)
         return weights.value.sum() * run.plates.scale, weights
 
@@ -231,7 +228,7 @@ class Objective(ELBO):
         return leaves + self._known[1]
 
 
-def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:  # noqa: N802
+def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:
     """The ELBO with path gradients for any guide: `Objective("elbo", num_particles)`, named like Pyro's `Trace_ELBO`."""
     return Objective("elbo", num_particles, gradient="path", max_plate_nesting=max_plate_nesting)
 

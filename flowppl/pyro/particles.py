@@ -28,7 +28,7 @@ class Plates(NamedTuple):
 
     def total(self, log_probs: Iterable[Tensor]) -> Tensor:
         """The sum of sites' log densities, in which all plates but these have length one: `(K, *batch)`."""
-        return sum(map(self._total, log_probs))  # type: ignore[return-value]
+        return sum(map(self._total, log_probs))
 
     def _total(self, log_prob: Tensor) -> Tensor:
         others = [d for d in range(1 - log_prob.dim(), 0) if d not in self.dims]
