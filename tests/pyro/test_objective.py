@@ -263,7 +263,8 @@ def test_value_is_the_plain_one(program, scramble):
     for kind in ("path", "reparam", "auto"):
         for method in ("loss", "differentiable_loss", "loss_and_grads"):
             pyro.set_rng_seed(1)
-            losses.append(float(getattr(Objective(program, 3, gradient=kind), method)(small_model, guide)))
+            loss = getattr(Objective(program, 3, gradient=kind), method)(small_model, guide)
+            losses.append(float(torch.as_tensor(loss).detach()))
     assert losses == pytest.approx([losses[0]] * 9, rel=1e-12)
 
 
@@ -283,17 +284,17 @@ def plate_guide(n=3):
 def test_plates_and_models_as_in_renyi(alpha):
     """Pyro's own loss has the same value and, of the model and of the guide, the same plain gradient."""
     plate_model(), plate_guide()
-    theirs = RenyiELBO(alpha=alpha, num_particles=4, vectorize_particles=True)
+    theirs = RenyiELBO(alpha=alpha, num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     expected = gradient(theirs, plate_model, plate_guide, 5)
     plain, path = (
-        gradient(Objective(programs.renyi(alpha), 4, gradient=g), plate_model, plate_guide, 5)
+        gradient(Objective(programs.renyi(alpha), 4, gradient=g, max_plate_nesting=1), plate_model, plate_guide, 5)
         for g in ("reparam", "path")
     )
-    assert path["shift"] == pytest.approx(expected["shift"], rel=1e-10)
+    assert torch.allclose(path["shift"], expected["shift"], rtol=1e-10)
     assert torch.allclose(flat(plain), flat(expected), rtol=1e-10)
     assert not torch.allclose(path["m"], plain["m"], rtol=1e-3)
     values = []
-    for loss in (theirs, Objective(programs.renyi(alpha), 4)):
+    for loss in (theirs, Objective(programs.renyi(alpha), 4, max_plate_nesting=1)):
         pyro.set_rng_seed(2)
         values.append(loss.loss(plate_model, plate_guide))
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -312,7 +313,7 @@ def test_subsampled_plates_are_scaled_outside_of_the_objective():
     for program in ("iwae", "elbo"):
         for kind in ("path", "auto"):
             one, three = (gradient(Objective(program, 4, gradient=kind), model, guide, 1, size) for size in (2, 6))
-            assert flat(three) == pytest.approx(3 * flat(one), rel=1e-10)
+            assert torch.allclose(flat(three), 3 * flat(one), rtol=1e-10)
         losses = []
         for size in (2, 6):
             pyro.set_rng_seed(1)
@@ -345,19 +346,17 @@ def test_other_subsampled_plates():
 
 @pytest.mark.parametrize("program", ["elbo", "iwae"])
 def test_auto_is_the_mixture_that_it_says(program):
-    plate_model(), plate_guide()
-    auto = Objective(program, 3, gradient="auto")
+    guide = AutoNormal(conjugate_model, init_loc_fn=init_to_value(values=POSTERIOR), init_scale=0.4)
+    guide()
+    auto, *pure = (Objective(program, 3, gradient=g, max_plate_nesting=0) for g in ("auto", "path", "reparam"))
     seen = []
     for seed in range(23):
         c = auto.coefficient
-        mixed, path, plain = (
-            flat(gradient(loss, plate_model, plate_guide, seed))
-            for loss in (auto, *(Objective(program, 3, gradient=g) for g in ("path", "reparam")))
-        )
+        mixed, path, plain = (flat(gradient(loss, conjugate_model, guide, seed)) for loss in (auto, *pure))
         assert torch.allclose(mixed, (1 - c) * path + c * plain, rtol=1e-9, atol=1e-9)
         seen.append(c)
     assert min(seen) >= 0 and max(seen) <= 1 and len(set(seen)) == 4  # the start, and three looks
-    assert 0.01 < seen[-1]
+    assert seen[-1] > 0.01
 
 
 def test_auto_lands_at_the_posterior():
@@ -371,12 +370,13 @@ def test_auto_lands_at_the_posterior():
 
 def test_training_reaches_the_evidence():
     guide = AutoFlow(conjugate_model, "affine", gradient="auto")
-    svi = SVI(conjugate_model, guide, pyro.optim.Adam({"lr": 0.05}), Objective("iwae", 4, gradient="auto"))
-    for _ in range(250):
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985})
+    svi = SVI(conjugate_model, guide, optimizer, PathELBO(8))
+    for _ in range(350):
         svi.step()
     evidence = dist.Normal(0.0, (4 / 3) ** 0.5).log_prob(torch.tensor([1.0, -2.0])).sum()
     losses = torch.tensor([Objective("elbo", 1).loss(conjugate_model, guide) for _ in range(10)])
-    assert torch.allclose(losses, -evidence, atol=0.05)
+    assert torch.allclose(losses, -evidence, atol=0.01)
 
 
 # Errors
@@ -406,7 +406,7 @@ def test_guides_that_cannot_be_used():
         Objective().loss_and_grads(model, no_inverse)
     Objective(gradient="reparam").loss_and_grads(model, no_inverse)
     for kind in ("path", "reparam"):
-        with pytest.raises(UnsupportedModelError, match="site 'n'.*Poisson"):
+        with pytest.raises(UnsupportedModelError, match=r"site 'n'.*Poisson"):
             loss = Objective(gradient=kind)
             loss.loss_and_grads(
                 lambda: pyro.sample("n", dist.Poisson(1.0)), lambda: pyro.sample("n", dist.Poisson(2.0))
@@ -423,5 +423,5 @@ def test_points_without_a_density():
         Objective("iwae").loss_and_grads(small_model, guide)
     path, plain = (gradient(Objective(gradient=g), small_model, guide, 1) for g in ("path", "reparam"))
     (name,) = (name for name in path if name.endswith("x"))
-    assert path[name] == pytest.approx(plain[name], rel=1e-10)
+    assert torch.allclose(path[name], plain[name], rtol=1e-10)
     assert abs(plain[name]) > 1e-3
