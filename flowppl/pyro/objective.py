@@ -71,7 +71,7 @@ class Objective(ELBO):
     Raises:
         ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient.
         UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
-            or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
+            is scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -210,22 +210,13 @@ class Objective(ELBO):
         )
         frozen = None
         if path:
-            leaves = self._parameters(guide, run_guide, args, kwargs, drawn)
+            if self._known[0] is not guide:
+                scale = None if self.program.linear else plates.scale
+                particles.check_densities(run_guide, args, kwargs, drawn, scale)
+                self._known = guide, particles.unregistered(drawn)
+            leaves = particles.registered(drawn) + self._known[1]
             frozen = plates.total(particles.frozen_log_q(run_guide, args, kwargs, drawn, leaves))
         return _Particles(log_p, log_q, frozen, plates, ratio)
-
-    def _parameters(
-        self, guide: Callable, run_guide: Callable, args: tuple, kwargs: dict[str, Any], drawn: Any
-    ) -> list:
-        """What the guide's densities depend on, whether Pyro knows of it or not; each new guide is checked."""
-        leaves = [s["value"].unconstrained() for s in drawn.nodes.values() if s["type"] == "param"]
-        if self._known[0] is not guide:
-            particles.check_densities(run_guide, args, kwargs, drawn, self.program.linear)
-            sites = particles.sample_sites(drawn).values()
-            found = particles.leaves_of(*(s["log_prob"] for s in sites), *(s["value"] for s in sites))
-            known = set(map(id, leaves))
-            self._known = guide, [leaf for leaf in found if id(leaf) not in known]
-        return leaves + self._known[1]
 
 
 def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:

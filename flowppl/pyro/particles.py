@@ -132,6 +132,19 @@ def leaves_of(*outputs: Tensor) -> list[Tensor]:
     return found
 
 
+def registered(trace: Trace) -> list[Tensor]:
+    """The parameters that a run met, unconstrained."""
+    return [site["value"].unconstrained() for site in trace.nodes.values() if site["type"] == "param"]
+
+
+def unregistered(trace: Trace) -> list[Tensor]:
+    """What else a guide's draws and log densities depend on, such as the weights of a network that Pyro does not know."""
+    known = set(map(id, registered(trace)))
+    sites = sample_sites(trace).values()
+    found = leaves_of(*(site["log_prob"] for site in sites), *(site["value"] for site in sites))
+    return [leaf for leaf in found if id(leaf) not in known]
+
+
 @contextmanager
 def frozen(leaves: Iterable[Tensor]) -> Iterator[None]:
     """Inside, nothing has derivatives with respect to these leaf tensors."""
@@ -184,18 +197,19 @@ def frozen_log_q(
     return log_probs
 
 
-def check_densities(guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace, linear: bool) -> None:
-    """Checks that no parameter moves a guide's draws but through a density: path gradients would be wrong.
+def check_densities(guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace, scale: float | None) -> None:
+    """Checks that parameters move a guide's draws through densities alone, which count once: else path gradients are wrong.
 
     Args:
         guide: The guide.
         args: Its arguments.
         kwargs: Its keyword arguments.
         trace: Of its run.
-        linear: Whether the objective is linear in the log-weights, where points without a density do no harm.
+        scale: What multiplies its log densities because plates subsample; None if the objective is linear in the log-weights, where
+            other scales, and points without a density, do no harm.
 
     Raises:
-        UnsupportedModelError: a `Delta` site does.
+        UnsupportedModelError: a `Delta` site moves with parameters, or a site has another scale.
     """
     values = replayed(trace, lambda _, value: value.detach())
     again = poutine.trace(poutine.replay(guide, trace=values)).get_trace(*args, **kwargs)
@@ -203,8 +217,17 @@ def check_densities(guide: Callable, args: tuple, kwargs: dict[str, Any], trace:
         fn = site["fn"]
         while not isinstance(fn, dist.Delta) and hasattr(fn, "base_dist"):
             fn = fn.base_dist
-        if isinstance(fn, dist.Delta) and (fn.log_density.requires_grad or (fn.v.requires_grad and not linear)):
+        if isinstance(fn, dist.Delta) and (fn.log_density.requires_grad or (fn.v.requires_grad and scale is not None)):
             raise UnsupportedModelError(
                 f"site {name!r} of the guide is a Delta that the guide's parameters move, for which there is no path gradient "
                 'of this objective: use gradient="reparam"'
             )
+        if scale is not None and not _equal(site["scale"], scale):
+            raise UnsupportedModelError(
+                f"site {name!r} of the guide has its log density scaled (by poutine.scale), for which there is no path gradient "
+                'of this objective: use gradient="reparam", or the objective "elbo"'
+            )
+
+
+def _equal(scale: Any, expected: float) -> bool:
+    return bool((torch.as_tensor(scale, dtype=torch.float64) / expected - 1).abs().max() < 1e-6)

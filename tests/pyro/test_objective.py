@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions.transforms import AffineTransform, Planar
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -14,7 +15,6 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
-from pyro.poutine import block
 from scipy.stats import f
 from torch.distributions import constraints
 
@@ -234,20 +234,23 @@ def test_parameters_unknown_to_pyro_are_frozen_too():
     assert loc.requires_grad and scale.requires_grad
 
 
-def cached_guide():
-    loc, scale = pyro.param("loc", torch.tensor(0.75)), pyro.param("scale", torch.tensor(0.5))
-    pyro.sample("x", dist.TransformedDistribution(dist.Normal(0.0, 1.0), AffineTransform(loc, scale, cache_size=1)))
+def test_transforms_that_remember_what_they_drew():
+    """They would answer with the attached draw, and the path gradient would silently be the plain one."""
+    loc, scale = (torch.tensor(value, requires_grad=True) for value in (0.75, 0.5))
+    transform = AffineTransform(loc, scale, cache_size=1)  # one for all runs, like a network's
 
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 3**-0.5), obs=torch.tensor(1.0))
 
-def test_transforms_with_a_cache_are_frozen():
-    model = lambda: pyro.sample(
-        "y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 3**-0.5), obs=torch.tensor(1.0)
-    )
-    cached_guide()
-    assert flat(gradient(PathELBO(), model, cached_guide, 1)).abs().max() < 1e-10
+    def guide():
+        pyro.param("loc", loc), pyro.param("scale", scale)
+        pyro.sample("x", dist.TransformedDistribution(dist.Normal(0.0, 1.0), transform))
+
+    guide()
+    assert flat(gradient(PathELBO(), model, guide, 1)).abs().max() < 1e-10
     with torch.no_grad():
-        pyro.get_param_store()["loc"].add_(0.4)
-    path, plain = (flat(gradient(Objective(gradient=g), model, cached_guide, 1)) for g in ("path", "reparam"))
+        loc.add_(0.4)
+    path, plain = (flat(gradient(Objective(gradient=g), model, guide, 1)) for g in ("path", "reparam"))
     assert (path - plain).abs().min() > 1e-2
 
 
@@ -416,8 +419,8 @@ def test_guides_that_cannot_be_used():
 def test_points_without_a_density():
     """The rule of path gradients does not hold for them, but where the objective is linear."""
     guide = AutoGuideList(small_model)
-    guide.append(AutoDelta(block(small_model, expose=["x"])))
-    guide.append(AutoNormal(block(small_model, expose=["s"])))
+    guide.append(AutoDelta(poutine.block(small_model, expose=["x"])))
+    guide.append(AutoNormal(poutine.block(small_model, expose=["s"])))
     guide()
     with pytest.raises(UnsupportedModelError, match="site 'x' of the guide is a Delta"):
         Objective("iwae").loss_and_grads(small_model, guide)
@@ -425,3 +428,12 @@ def test_points_without_a_density():
     (name,) = (name for name in path if name.endswith("x"))
     assert torch.allclose(path[name], plain[name], rtol=1e-10)
     assert abs(plain[name]) > 1e-3
+
+
+def test_scaled_guides():
+    """The rule counts a log density once: of a nonlinear objective, the gradient would be biased."""
+    plate_guide()
+    with pytest.raises(UnsupportedModelError, match=r"site 'x' of the guide has its log density scaled"):
+        Objective("iwae").loss_and_grads(plate_model, poutine.scale(plate_guide, 0.5))
+    for loss in (Objective("iwae", gradient="reparam"), Objective("elbo")):
+        loss.loss_and_grads(plate_model, poutine.scale(plate_guide, 0.5))
