@@ -8,7 +8,7 @@ from flowppl.backend import backend_of
 from flowppl.flows import Sample
 
 Array = Any
-GRADIENTS = ("reparam", "path", "auto")
+GRADIENTS = ("reparam", "path", "auto")  # the last one mixes the others, in losses that can
 
 
 def check_gradient(gradient: str) -> str:

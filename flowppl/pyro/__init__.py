@@ -15,6 +15,7 @@ from flowppl.pyro.export import to_arviz
 from flowppl.pyro.files import load_flow, save_flow
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
+from flowppl.pyro.objective import Objective, PathELBO
 from flowppl.pyro.posterior import Posterior, fit
 from flowppl.pyro.simulator import npe
 from flowppl.pyro.zuko import from_zuko
@@ -25,6 +26,8 @@ __all__ = [
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
+    "Objective",
+    "PathELBO",
     "Posterior",
     "fit",
     "flow_module",

@@ -71,7 +71,8 @@ class AmortizedFlow(ModelGuide):
             in path mode they get their plain gradients.
         hidden: Widths of the perceptron's hidden layers.
         embedding: Length of the context that it gives the flow.
-        gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`.
+        gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`; "auto" is
+            "reparam" in Pyro's own losses. `Objective` has a choice of its own.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start, in unconstrained space.
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from flowppl import tree
 from flowppl.bijections import Bijection, bind
 from flowppl.errors import DimensionError
-from flowppl.flows import Flow
+from flowppl.flows import Flow, Sample
 from flowppl.flows.flow import part_of
 from flowppl.objectives import check_gradient, path_log_prob
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.memo import Memo
+
+_SCORES: ContextVar[bool] = ContextVar("with_scores", default=False)
+
+
+@contextmanager
+def with_scores() -> Iterator[None]:
+    """Inside, what a `FlowDistribution` draws comes with its scores, whatever its `gradient`, for `path_log_prob`."""
+    token = _SCORES.set(True)
+    try:
+        yield
+    finally:
+        _SCORES.reset(token)
 
 
 class FlowTransform(Transform):
@@ -93,6 +109,7 @@ class FlowTransform(Transform):
 class _KeepsPath:
     """`to_event` and `mask` whose results forward the score parts, which Pyro's own silently do not."""
 
+    base_dist: Any
     batch_shape: torch.Size
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
@@ -108,8 +125,28 @@ class _KeepsPath:
         """See Pyro."""
         return _MaskedFlow(self, mask)
 
+    def drawn(self, value: Tensor) -> Sample | None:
+        """The last draw with its scores, if it is this very tensor and was drawn `with_scores`."""
+        return self.base_dist.drawn(value)
+
+    def path_log_prob(self, value: Tensor, sample: Sample) -> Tensor:
+        """The path surrogate of log q, a function of the value and the context alone.
+
+        Args:
+            value: `(*batch, dim)`, equal to the sample's draws.
+            sample: What an equal distribution drew.
+
+        Returns:
+            `(*batch_shape,)`.
+        """
+        raise NotImplementedError
+
 
 class _IndependentFlow(_KeepsPath, dist.Independent):
+    def path_log_prob(self, value: Tensor, sample: Sample) -> Tensor:
+        log_prob = self.base_dist.path_log_prob(value, sample)
+        return log_prob.flatten(-self.reinterpreted_batch_ndims).sum(-1)
+
     def score_parts(self, value: Tensor) -> ScoreParts:
         n = self.reinterpreted_batch_ndims
         parts = self.base_dist.score_parts(value)
@@ -117,6 +154,9 @@ class _IndependentFlow(_KeepsPath, dist.Independent):
 
 
 class _MaskedFlow(_KeepsPath, MaskedDistribution):
+    def path_log_prob(self, value: Tensor, sample: Sample) -> Tensor:
+        return scale_and_mask(self.base_dist.path_log_prob(value, sample), mask=self._mask)
+
     def score_parts(self, value: Tensor) -> ScoreParts:
         return self.base_dist.score_parts(value) if self._mask is True else super().score_parts(value)
 
@@ -135,10 +175,11 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
         flow: The flow; events have shape `(flow.dim,)`.
         variables: What `flow.init` returned, trained or not.
         context: `(*batch_shape, context_dim)`, attached to what it was computed from; None where the flow has none.
-        gradient: "reparam" (the total derivative) or "path".
+        gradient: "reparam" (the total derivative), "path", or "auto", which in Pyro's own losses is "reparam". `Objective` has
+            a choice of its own, and does not look at this one.
 
     Raises:
-        ValueError: `gradient` is neither.
+        ValueError: `gradient` is none of these.
         DimensionError: the flow and the context do not fit.
 
     Example:
@@ -182,7 +223,7 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws `(*sample_shape, *batch_shape, dim)`, attached to the variables and the context."""
         shape = (*sample_shape, *(() if self.context is not None else self.batch_shape))
-        with_score = self.gradient == "path" and torch.is_grad_enabled()
+        with_score = (self.gradient == "path" or _SCORES.get()) and torch.is_grad_enabled()
         sample = self.flow.sample(None, self.variables, shape, self.context, with_log_prob=True, with_score=with_score)
         self._memo.put(self._key(sample.x), sample)
         return sample.x
@@ -204,10 +245,17 @@ class FlowDistribution(_KeepsPath, dist.TransformedDistribution):
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """The true log density, no score function and, of a drawn value with `gradient="path"`, the path surrogate."""
-        sample = self._memo.get(self._key(value))
-        if sample is None or sample.score is None:
+        sample = self.drawn(value)
+        if self.gradient != "path" or sample is None:
             return super().score_parts(value)
         return ScoreParts(sample.log_prob, 0, path_log_prob(sample, context=self.context))
+
+    def drawn(self, value: Tensor) -> Sample | None:
+        sample = self._memo.get(self._key(value))
+        return None if sample is None or sample.score is None else sample
+
+    def path_log_prob(self, value: Tensor, sample: Sample) -> Tensor:
+        return path_log_prob(sample, value, self.context)
 
     def _key(self, value: Tensor) -> tuple[Tensor, ...]:
         return (value, *_inputs(self.variables, self.context))

@@ -42,7 +42,8 @@ class AutoFlow(FlatGuide):
     Args:
         model: The model.
         flow: A registered name, a recipe such as `flows.nsf(layers=4)`, or a `Flow` of the latents' dimension.
-        gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`.
+        gradient: "reparam", or "path" for path gradients where the loss can use them, see `FlowDistribution`; "auto" is
+            "reparam" in Pyro's own losses. `Objective` has a choice of its own.
         init_loc_fn: How each site starts.
         init_scale: Scale of the start, in unconstrained space.
 

@@ -299,7 +299,7 @@ def test_no_score_is_computed_without_gradients():
 
 def test_errors_say_what_to_do():
     flow, variables = make(SMALL, 2)
-    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'stl'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, auto, got 'stl'"):
         FlowDistribution(flow, variables, gradient="stl")
     with pytest.raises(DimensionError, match="expected none, since the flow takes none, got shape"):
         FlowDistribution(flow, variables, torch.zeros(4, 2))

@@ -467,7 +467,7 @@ def test_precondition_lowers_the_loss():
 
 
 def test_choices_are_checked_at_once():
-    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'stl'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, auto, got 'stl'"):
         AutoFlow(schools, gradient="stl")
     with pytest.raises(ValueError, match="init_scale must be positive, got 0"):
         AutoFlow(schools, init_scale=0.0)

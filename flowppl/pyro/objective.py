@@ -1,0 +1,230 @@
+"""Objective: a loss for SVI that maximises any function of log-weights, with gradients of little variance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
+from torch import Tensor
+
+from flowppl.objectives import check_gradient, programs
+from flowppl.objectives.control import REFRESH, Control, no_control
+from flowppl.objectives.programs import Cotangents, Program, Value
+from flowppl.pyro import particles
+from flowppl.pyro.particles import Plates
+
+
+class _Particles(NamedTuple):
+    """One run of guide and model: log densities `(K, *batch)`, scaled as Pyro scales them."""
+
+    log_p: Tensor
+    log_q: Tensor
+    frozen: Tensor | None  # log q as a function of the latents alone, where it is needed
+    plates: Plates
+    ratio: list[Tensor]  # what the gradient of log p in the latents is multiplied by
+
+    def pull(self, weights: Cotangents, *, plain: bool) -> Tensor:
+        """A scalar of no meaning, whose gradient is that of the objective; `ratio` is set for it."""
+        if self.frozen is None:
+            return (weights.model * (self.log_p - self.log_q)).sum()
+        model, self.ratio[:] = _split(weights)
+        total = (model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
+        return total + (weights.plain * self.log_q).sum() if plain else total
+
+
+def _split(weights: Cotangents) -> tuple[Tensor, list[Tensor]]:
+    """The weights of log p, and what takes them to those of the latents; none of the weights is zero."""
+    scale = torch.maximum(weights.model.abs(), weights.latents.abs()).amax(0, keepdim=True)
+    limits = torch.finfo(scale.dtype)
+    least = (limits.eps**2 * scale).clamp(min=limits.tiny)
+    model = torch.where(weights.model.abs() < least, least, weights.model)
+    return model, [weights.latents / model]
+
+
+class Objective(ELBO):
+    """A loss for `SVI`: minus any objective that is a function of the log-weights log p - log q of K particles.
+
+    With path gradients the guide's parameters get, of whatever objective, the doubly reparametrised gradient, see
+    `flowppl.objectives.programs.Program`: unbiased, and without variance where the guide is the posterior. The model's parameters
+    get the plain one. This holds for guides of any distributions that have derivatives of their draws and can score values, Pyro's
+    own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter.
+
+    Particles are always vectorised. Log-weights are kept apart for the elements of plates that enclose every sample site of model
+    and guide, and summed over others. A guide runs twice in a step, so that beside its sample sites nothing in it may be random.
+    Use one `Objective` for one guide: "auto" learns.
+
+    Args:
+        program: A name in `flowppl.objectives.programs.PROGRAMS`, a `Program`, or a function from log-weights `(K, *batch)` to
+            `(*batch,)`, which is maximised.
+        num_particles: K.
+        gradient: "path"; "reparam" for the plain gradient; or "auto" for the mixture of least variance, whose coefficient is
+            learnt, since path gradients vary more far from the posterior.
+        biased: Whether a `Program` may have gradients that are not those of its value.
+        max_plate_nesting: See Pyro; found by a run of model and guide if it is infinite.
+
+    Raises:
+        ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient.
+        UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
+            is scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from flowppl.pyro import AutoFlow, Objective
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 0.5), obs=torch.tensor(1.0))
+        >>> guide = AutoFlow(model, flow="affine")
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Objective("iwae", 8))
+        >>> losses = [svi.step() for _ in range(5)]
+        >>> smooth = Objective(lambda log_w: log_w.sigmoid().mean(0), 8, gradient="auto")
+        >>> loss = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), smooth).step()
+    """
+
+    def __init__(
+        self,
+        program: str | Program | Value = "elbo",
+        num_particles: int = 16,
+        *,
+        gradient: str = "path",
+        biased: bool = False,
+        max_plate_nesting: float = float("inf"),
+    ) -> None:
+        super().__init__(num_particles, max_plate_nesting + (num_particles == 1), vectorize_particles=True)
+        self.program, self.gradient = programs.get(program), check_gradient(gradient)
+        if not self.program.unbiased and not isinstance(program, str) and not biased:
+            raise ValueError(
+                "the gradients of this program are not those of its value: pass biased=True if they may differ"
+            )
+        if not self.program.unbiased and gradient != "path":
+            raise ValueError(
+                f'the gradients of this program are not those of its value: it has "path", no {gradient!r}'
+            )
+        self._control: Control | None = None
+        self._steps = 0
+        self._known: tuple[Any, list[Tensor]] = (None, [])  # a guide, and its parameters of which Pyro does not know
+
+    @property
+    def coefficient(self) -> float:
+        """How much of the plain gradient is in the mixture: 0 for path gradients, 1 for plain ones."""
+        return float(self._coefficient()) + 0.0  # never -0.0
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, without derivatives."""
+        with torch.no_grad():
+            return _item(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """An estimate of the loss, attached to all parameters; the derivatives mean something once, and not their own."""
+        run = self._get_trace(model, guide, args, kwargs)
+        if not torch.is_grad_enabled():
+            return -self.program.value((run.log_p - run.log_q) / run.plates.scale).sum() * run.plates.scale
+        value, weights = self._look(run, self._coefficient())
+        surrogate = run.pull(weights, plain=self.gradient == "auto")
+        return -(surrogate + (value - surrogate).detach())
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss, and its gradient, added to the `grad` of all parameters."""
+        if self.gradient == "auto" and self._steps % REFRESH == 0:
+            loss = self._refresh(self._get_trace(model, guide, args, kwargs))
+        else:
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+            if loss.requires_grad:
+                loss.backward(retain_graph=self.retain_graph)
+        self._steps += 1
+        return _item(loss)
+
+    def _refresh(self, run: _Particles) -> Tensor:
+        """A step that looks at both estimators: the gradient by the coefficient so far, and a new one for the steps to come."""
+        (value, path), (_, plain) = (self._look(run, c) for c in (0.0, 1.0))
+        leaves = particles.leaves_of(run.log_p, run.log_q)
+        if not leaves:
+            return -value
+        at_path, at_plain = (
+            torch.autograd.grad(-run.pull(w, plain=True), leaves, retain_graph=True, materialize_grads=True)
+            for w in (path, plain)
+        )
+        score = [b - a for a, b in zip(at_path, at_plain, strict=True)]
+        control = no_control(run.log_q) if self._control is None else self._control
+        for leaf, g, s in zip(leaves, at_path, score, strict=True):
+            step = g + control.coefficient.to(s.dtype) * s
+            leaf.grad = step if leaf.grad is None else leaf.grad + step
+        new = control.updated(at_path, score)
+        fine = torch.isfinite(new.cross) & torch.isfinite(new.square)
+        self._control = Control(*(torch.where(fine, a, b).detach() for a, b in zip(new, control, strict=True)))
+        return -value
+
+    def _coefficient(self) -> Any:
+        if self.gradient == "auto":
+            return 0.0 if self._control is None else self._control.coefficient
+        return float(self.gradient == "reparam")
+
+    def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
+        """The objective, summed over plates, and the weights of its gradient."""
+        log_w = (run.log_p - run.log_q).detach() / run.plates.scale
+        weights = programs.cotangents(self.program, log_w, coefficient)
+        return weights.value.sum() * run.plates.scale, weights
+
+    def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        super()._guess_max_plate_nesting(model, guide, args, kwargs)
+        self.max_plate_nesting += self.num_particles == 1  # a plate of one particle is a plate here
+
+    def _vectorized_num_particles(self, fn: Callable) -> Callable:
+        return pyro.plate("num_particles_vectorized", self.num_particles, dim=-self.max_plate_nesting)(fn)
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Particles:
+        """Runs the guide, the guide with its parameters frozen where that is needed, and the model."""
+        if self.max_plate_nesting == float("inf"):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        path = self.gradient != "reparam" and torch.is_grad_enabled()
+        run_guide, ratio = self._vectorized_num_particles(guide), [torch.ones(())]
+        drawn = particles.draw(run_guide, args, kwargs, scores=path)
+
+        def through(site: Any, value: Tensor) -> Tensor:
+            if not (path and value.requires_grad):
+                return value
+            return particles.Reweighted.apply(value, ratio, site["fn"].event_dim)
+
+        values = particles.replayed(drawn, through)
+        model_trace = poutine.trace(poutine.replay(self._vectorized_num_particles(model), trace=values)).get_trace(
+            *args, **kwargs
+        )
+        for trace in (model_trace, drawn):
+            trace.compute_log_prob(lambda _, site: not particles.site_is_subsample(site))
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, drawn, self.max_plate_nesting)
+            check_if_enumerated(drawn)
+            for trace in (model_trace, drawn):
+                for site in particles.sample_sites(trace).values():
+                    check_site_shape(site, self.max_plate_nesting)
+        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, self.program.linear)
+        log_p, log_q = (
+            plates.total(site["log_prob"] for site in particles.sample_sites(trace).values())
+            for trace in (model_trace, drawn)
+        )
+        frozen = None
+        if path:
+            if self._known[0] is not guide:
+                scale = None if self.program.linear else plates.scale
+                particles.check_densities(run_guide, args, kwargs, drawn, scale)
+                self._known = guide, particles.unregistered(drawn)
+            leaves = particles.registered(drawn) + self._known[1]
+            frozen = plates.total(particles.frozen_log_q(run_guide, args, kwargs, drawn, leaves))
+        return _Particles(log_p, log_q, frozen, plates, ratio)
+
+
+def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:
+    """The ELBO with path gradients for any guide: `Objective("elbo", num_particles)`, named like Pyro's `Trace_ELBO`."""
+    return Objective("elbo", num_particles, gradient="path", max_plate_nesting=max_plate_nesting)
+
+
+def _item(loss: Tensor) -> float:
+    value = loss.item()
+    warn_if_nan(value, "loss")
+    return value
