@@ -23,7 +23,7 @@ PAIRS = {  # small ones, with a context and without
 }
 FITTED = [name for name in CASES if not name.startswith("permutation")]  # which has nothing to fit
 SECOND = ["nsf-2-0", "maf-5-3", "planar-5-3", "residual-2-0", "learned-base-3-0", "torus-4-1"]  # derivatives
-IN_JAX = ["nsf-5-3", "learned-base-3-0", "learned-base"]  # compilation dominates
+IN_JAX = ["learned-base-3-0", "learned-base"]  # compilation dominates
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +143,9 @@ def test_unbiased_away_from_the_target(pair, backend):
 
 
 @pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="needs torch and jax")
-@pytest.mark.parametrize("name", ["spline", "learned-base"])
-def test_torch_and_jax_agree(name):
+def test_torch_and_jax_agree():
     """Values and gradients of forward KL, with scores that are not the flow's, and of the Fisher divergence."""
-    flow = PAIRS[name]
+    flow = PAIRS["spline"]
     x, context = draw_points(flow, 5)
     found = []
     for backend in map(get_backend, FRAMEWORKS):
@@ -257,7 +256,8 @@ def test_points_and_scores_have_no_derivative(backend):
     v, x = on(backend, (variables(flow), draw_points(flow, 4)[0]))
     likelihood = lambda flow, v, x, score: forward_kl(flow, v, x)
     for objective in (forward_kl, likelihood, fisher_divergence):
-        _, grads = gradient(backend, lambda x, s, f=objective: (f(flow, v, x, s) + (x + s).sum(), ()), x, -x)
+        loss = lambda x, s, f=objective: (f(flow, v, x, s) + (x + s).sum(), ())
+        _, grads = compiled(backend, lambda *args, loss=loss: gradient(backend, loss, *args))(x, -x)
         assert all(np.all(backend.to_numpy(g) == 1) for g in grads)
 
 
@@ -291,7 +291,7 @@ def test_sliced_mmd_on_a_line(backend):
     assert float(sliced_mmd(*on(backend, (x, x[::-1])), backend.rng(0))) == pytest.approx(0, abs=1e-14)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 10])
+@pytest.mark.parametrize("dim", [2, 10])
 def test_sliced_mmd_in_more_dimensions(backend, dim):
     """By many directions the energy distance itself: within five standard errors, those of |cos| for a pair of points."""
     rng, n = np.random.default_rng(1), 20_000
