@@ -50,20 +50,25 @@ class Mixture(Base):
         k = backend.categorical(component_key, fixed["logits"], shape[:-1])
         one_hot = xp.astype(k[..., None] == backend.asarray(list(range(self.components)), k), params["loc"].dtype)
         z = one_hot @ fixed["loc"] + (one_hot @ xp.exp(fixed["log_scale"])) * backend.normal(key, shape, params["loc"])
-        return self._attach(params, z)
+        return self.attach(params, z)
 
-    def _attach(self, params: Params, z: Array) -> Array:
-        """z itself, with the derivative that holds every conditional distribution function at z fixed."""
+    def attach(self, params: Params, z: Array) -> Array:
+        """See `Base.attach`: the derivative that holds every conditional distribution function at z fixed."""
         backend = backend_of(z)
         xp = backend.xp
 
         def coordinate(log_weights: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             z, loc, log_scale = row  # (*batch,), (components,), (components,)
-            weights = backend.softmax(log_weights)
             standard = (z[..., None] - loc) * xp.exp(-log_scale)
-            cdf = xp.sum(weights * 0.5 * backend.erf(standard * math.sqrt(0.5)), axis=-1)
-            pdf = xp.sum(weights * xp.exp(-0.5 * standard * standard - log_scale), axis=-1) / math.sqrt(2 * math.pi)
-            z = z - (cdf - backend.stop(cdf)) / backend.stop(pdf)
+            # By the logarithm of the tail on the side of z, which keeps its digits where F is nearly zero or one.
+            weights = backend.softmax(log_weights)
+            above = xp.sum(weights * backend.erf(standard * math.sqrt(0.5)), axis=-1) > 0
+            sign = backend.stop(xp.where(above, xp.full_like(z, -1.0), xp.ones_like(z)))
+            log_tail = backend.logsumexp(log_weights + backend.log_ndtr(sign[..., None] * standard), axis=-1)
+            log_pdf = backend.logsumexp(log_weights - 0.5 * standard * standard - log_scale, axis=-1)
+            log_pdf = log_pdf - 0.5 * math.log(2 * math.pi)
+            moved = log_tail - backend.logsumexp(log_weights, axis=-1)
+            z = z - sign * backend.stop(xp.exp(log_tail - log_pdf)) * (moved - backend.stop(moved))
             standard = (z[..., None] - loc) * xp.exp(-log_scale)
             return log_weights - 0.5 * standard * standard - log_scale, z
 
