@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # NumPyro keeps parameters outside of guides and names a guide's sites by a prefix; a Pyro guide holds its parameters and its name.
-_OF_THE_PPL = {"params", "prefix", "rng_key", "validate_args"}
+_OF_THE_PPL = {"params", "prefix", "rng_key", "validate_args", "max_plate_nesting"}
 
 # Each framework has its own library of flows to bring along.
 _LIBRARIES = {"flowjax": "zuko"}
@@ -52,6 +52,8 @@ def test_files_agree() -> None:
         "FlowDistribution",
         "FlowTransform",
         "LogDensity",
+        "Objective",
+        "PathELBO",
         "fit",
         "flow_module",
         "load_flow",

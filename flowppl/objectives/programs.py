@@ -266,10 +266,10 @@ def requested(program: str | Program | Value, gradient: str, biased: bool) -> Pr
     check_gradient(gradient)
     found = get(program)
     if not found.unbiased and gradient != "path":
-        raise ValueError(f'this objective has no other gradient than "path", got {gradient!r}')
+        raise ValueError(f'the gradients of this program are not those of its value: it has "path", no {gradient!r}')
     if not found.unbiased and not biased and not isinstance(program, str):
         raise ValueError(
-            "this program's gradients are not those of its value: if that is what you want, pass biased=True"
+            "the gradients of this program are not those of its value: pass biased=True if they may differ"
         )
     return found
 

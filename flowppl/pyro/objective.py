@@ -13,9 +13,8 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
-from flowppl.objectives import check_gradient, programs
 from flowppl.objectives.control import REFRESH, Control, no_control
-from flowppl.objectives.programs import Cotangents, Program, Value
+from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 from flowppl.pyro import particles
 from flowppl.pyro.particles import Plates
 
@@ -33,18 +32,9 @@ class _Particles(NamedTuple):
         """A scalar of no meaning, whose gradient is that of the objective; `ratio` is set for it."""
         if self.frozen is None:
             return (weights.model * (self.log_p - self.log_q)).sum()
-        model, self.ratio[:] = _split(weights)
-        total = (model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
+        self.ratio[:] = [weights.latents / weights.model]
+        total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
         return total + (weights.plain * self.log_q).sum() if plain else total
-
-
-def _split(weights: Cotangents) -> tuple[Tensor, list[Tensor]]:
-    """The weights of log p, and what takes them to those of the latents; none of the weights is zero."""
-    scale = torch.maximum(weights.model.abs(), weights.latents.abs()).amax(0, keepdim=True)
-    limits = torch.finfo(scale.dtype)
-    least = (limits.eps**2 * scale).clamp(min=limits.tiny)
-    model = torch.where(weights.model.abs() < least, least, weights.model)
-    return model, [weights.latents / model]
 
 
 class Objective(ELBO):
@@ -97,15 +87,7 @@ class Objective(ELBO):
         max_plate_nesting: float = float("inf"),
     ) -> None:
         super().__init__(num_particles, max_plate_nesting + (num_particles == 1), vectorize_particles=True)
-        self.program, self.gradient = programs.get(program), check_gradient(gradient)
-        if not self.program.unbiased and not isinstance(program, str) and not biased:
-            raise ValueError(
-                "the gradients of this program are not those of its value: pass biased=True if they may differ"
-            )
-        if not self.program.unbiased and gradient != "path":
-            raise ValueError(
-                f'the gradients of this program are not those of its value: it has "path", no {gradient!r}'
-            )
+        self.program, self.gradient = requested(program, gradient, biased), gradient
         self._control: Control | None = None
         self._steps = 0
         self._known: tuple[Any, list[Tensor]] = (None, [])  # a guide, and its parameters of which Pyro does not know
@@ -168,7 +150,7 @@ class Objective(ELBO):
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
         log_w = (run.log_p - run.log_q).detach() / run.plates.scale
-        weights = programs.cotangents(self.program, log_w, coefficient)
+        weights = cotangents(self.program, log_w, coefficient)
         return weights.value.sum() * run.plates.scale, weights
 
     def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ def test_student_t_base_has_its_tails():
 
 
 def test_unknown_gradient(flow, variables):
-    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'plain'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, auto, got 'plain'"):
         FlowDistribution(flow, variables, gradient="plain")
 
 

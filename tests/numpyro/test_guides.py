@@ -241,7 +241,7 @@ def test_subsampled_data_are_welcome(small):
 def test_constructor_errors_name_the_argument():
     with pytest.raises(UnknownFlowError, match="no flow is called 'nfs': did you mean 'nsf'"):
         AutoFlow(model, "nfs")
-    with pytest.raises(ValueError, match="gradient must be one of reparam, path, got 'stl'"):
+    with pytest.raises(ValueError, match="gradient must be one of reparam, path, auto, got 'stl'"):
         AutoFlow(model, gradient="stl")
     for scale in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="init_scale must be positive"):

@@ -1,0 +1,205 @@
+"""Particles of a guide and a model: what they draw, their log densities, and the guide's with its parameters frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from numpyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.ops.provenance import eval_provenance
+from numpyro.util import check_model_guide_match
+
+from flowppl.errors import UnsupportedModelError
+from flowppl.numpyro.distributions import flow_of, gradient_of_draws
+
+Array = Any
+Trace = dict[str, dict[str, Any]]
+Sites = dict[str, Array]  # arrays by site, (K, *batch, *event)
+_OUTSIDE = ["sample", "prng_key", "control_flow"]  # what differs between particles; they share subsamples of plates
+
+
+class Particles:
+    """One run of a guide and a model, as functions that can be differentiated: `draw`, then `score`, then the others.
+
+    Args:
+        rng_key: A key.
+        model: The model.
+        guide: The guide.
+        args: Their arguments.
+        kwargs: Their keyword arguments.
+        num_particles: K.
+    """
+
+    def __init__(
+        self, rng_key: Array, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], num_particles: int
+    ) -> None:
+        plate_key, guide_key, model_key = jax.random.split(rng_key, 3)
+        self._model, self._guide = (seed(f, plate_key, hide_types=_OUTSIDE) for f in (model, guide))
+        self._keys = [jax.random.split(key, num_particles) for key in (guide_key, model_key)]
+        self._args, self._kwargs = args, kwargs
+        # What is no array in traces is the same for all particles, and outlives the functions that made it.
+        self._drawn: Trace = {}
+        self._scored: Trace = {}
+
+    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[tuple[Sites, Sites, Sites], Sites]:
+        """Runs the guide.
+
+        Args:
+            params: Values of param sites.
+            with_path: Whether to score the draws once more with the parameters frozen.
+
+        Returns:
+            Values and log densities of its sites, the latter once more with the parameters frozen, and what plates drew.
+
+        Raises:
+            UnsupportedModelError: a site has no derivatives of its draws, or cannot score a value.
+        """
+
+        def one(key: Array) -> tuple[tuple[Sites, Sites, Sites], Sites]:
+            guide = seed(self._guide, key)
+            with gradient_of_draws("path" if with_path else "reparam"):
+                drawn = self._drawn = self._trace(guide, params)
+            values = {name: site["value"] for name, site in _latents(drawn).items()}
+            frozen = {}
+            if with_path:
+                again = self._trace(replay(guide, drawn), lax.stop_gradient(params))
+                frozen = {name: _frozen_log_prob(site, drawn[name]) for name, site in _sampled(again).items()}
+            log_probs = {name: _log_prob(site) for name, site in _sampled(drawn).items()}
+            return (values, log_probs, frozen), {n: s["value"] for n, s in drawn.items() if s["type"] == "plate"}
+
+        return jax.vmap(one)(self._keys[0])
+
+    def score(self, params: dict[str, Any], values: Sites, plates: Sites) -> Sites:
+        """Log densities of the model's sites at what the guide drew."""
+
+        def one(key: Array, values: Sites, plates: Sites) -> Sites:
+            known = {name: {**self._drawn[name], "value": value} for name, value in {**values, **plates}.items()}
+            self._scored = self._trace(replay(seed(self._model, key), known), params)
+            return {name: _log_prob(site) for name, site in _sampled(self._scored).items()}
+
+        found = jax.vmap(one)(self._keys[1], values, plates)
+        check_model_guide_match(self._scored, self._drawn)
+        return found
+
+    def total(self, linear: bool) -> tuple[Callable[[Sites], Array], float]:
+        """How to add up log densities to `(K, *batch)`, with the plates that all sites share apart, and what these scale by.
+
+        Args:
+            linear: Whether it does not matter which log-weights are added up.
+
+        Raises:
+            UnsupportedModelError: another plate subsamples, and that matters.
+        """
+        self._dims, scale = (frozenset(), 1.0) if linear else _shared_plates(self._scored, self._drawn)
+        return partial(_total, dims=self._dims), scale
+
+    def beside(self, name: str, value: Array, weight: Array) -> Array:
+        """Weights `(K, *batch)` in the axes that the values of a site, `(K, *batch, *event)`, have for them."""
+        event_dim = self._drawn[name]["fn"].event_dim
+        axes = range(event_dim - value.ndim + 1, 0)
+        batch = [value.shape[axis - event_dim] if axis in self._dims else 1 for axis in axes]
+        return weight.reshape(len(weight), *batch, *(1,) * event_dim)
+
+    def check_densities(self, params: list[Array], put_back: Callable, linear: bool) -> None:
+        """Checks that parameters move the guide's draws through densities alone, which count once.
+
+        Raises:
+            UnsupportedModelError: a `Delta` moves with parameters, or a site has a scale that is not that of plates.
+        """
+        sites = _latents(self._drawn)
+        deltas = [name for name, site in sites.items() if isinstance(_innermost(site["fn"]), Delta)]
+        if deltas:
+            known = {n: jnp.zeros(jnp.shape(s["value"]), s["value"].dtype) for n, s in sites.items()}
+
+            def points(params: list[Array], known: Sites) -> dict[str, Array]:
+                still = {name: {**sites[name], "value": value} for name, value in known.items()}
+                again = self._trace(replay(seed(self._guide, jax.random.key(0)), still), put_back(params))
+                fns = {name: _innermost(again[name]["fn"]) for name in deltas}
+                return {name: fn.log_density if linear else fn.v for name, fn in fns.items()}
+
+            for name, found in eval_provenance(points, params=params, known=known).items():
+                if "params" in found:
+                    raise UnsupportedModelError(
+                        f"site {name!r} of the guide is a Delta that the guide's parameters move, for which there is no path "
+                        'gradient of this objective: use gradient="reparam"'
+                    )
+        if not linear:
+            scale = _shared_plates(self._scored, self._drawn)[1]
+            for name, site in sites.items():
+                own = 1.0 if site["scale"] is None else site["scale"]
+                if not isinstance(own, float | int) or abs(own / scale - 1) > 1e-6:
+                    raise UnsupportedModelError(
+                        f"site {name!r} of the guide has its log density scaled, for which there is no path gradient of this "
+                        'objective: use gradient="reparam", or the objective "elbo"'
+                    )
+
+    def _trace(self, fn: Callable, params: dict[str, Any]) -> Trace:
+        return trace(substitute(fn, data=params)).get_trace(*self._args, **self._kwargs)
+
+
+def _sampled(found: Trace) -> Trace:
+    return {name: site for name, site in found.items() if site["type"] == "sample"}
+
+
+def _latents(found: Trace) -> Trace:
+    """The guide's latents, if all of them are reparametrised."""
+    latents = {name: site for name, site in _sampled(found).items() if not site["is_observed"]}
+    for name, site in latents.items():
+        if not (site["fn"].has_rsample and jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating)):
+            raise UnsupportedModelError(
+                f"site {name!r} of the guide has the distribution {type(site['fn']).__name__}, which draws without "
+                "derivatives: use NumPyro's TraceGraph_ELBO or TraceEnum_ELBO"
+            )
+    return latents
+
+
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _log_prob(site: dict[str, Any]) -> Array:
+    log_prob = site["fn"].log_prob(site["value"], *([site["intermediates"]] if site["intermediates"] else []))
+    return log_prob if site["scale"] is None else site["scale"] * log_prob
+
+
+def _frozen_log_prob(site: dict[str, Any], drawn: dict[str, Any]) -> Array:
+    """The log density of a draw as a function of the draw, from a site whose parameters are frozen."""
+    scores = drawn["intermediates"] if flow_of(site["fn"]) is not None else None
+    try:
+        with gradient_of_draws("path"):
+            return _log_prob({**site, "intermediates": scores})
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"site {site['name']!r} of the guide has the distribution {type(site['fn']).__name__}, which cannot score a value "
+            '(it has no inverse), as path gradients need: use gradient="reparam", or a flow of flowppl'
+        ) from error
+
+
+def _shared_plates(model: Trace, guide: Trace) -> tuple[frozenset[int], float]:
+    """The dimensions of the plates that all sites share, and what their subsampling multiplies log densities by."""
+    stacks = [set(site["cond_indep_stack"]) for found in (model, guide) for site in _sampled(found).values()]
+    shared, scale = set.intersection(*stacks), 1.0
+    for frame in set.union(*stacks):
+        share = {**guide, **model}[frame.name]["args"][0] / frame.size
+        if frame in shared:
+            scale *= share
+        elif share != 1:
+            raise UnsupportedModelError(
+                f"plate {frame.name!r} subsamples and does not enclose every sample site of the model and the guide, so that "
+                'its log-weights cannot be scaled up: use the objective "elbo", or all of the data'
+            )
+    return frozenset(frame.dim for frame in shared), scale
+
+
+def _total(log_probs: Sites, dims: frozenset[int]) -> Array:
+    def total(a: Array) -> Array:
+        return jnp.sum(a, axis=tuple(i for i in range(1, a.ndim) if i - a.ndim not in dims))
+
+    return sum(map(total, log_probs.values()), jnp.zeros(()))
