@@ -4,7 +4,7 @@
 
 Flows of dimension 16 (autoregressive ones also 64), batch 512, float32, one thread, one process for each framework; the three steps
 take turns, and only times of the same turn are divided. "Cheap": a standard normal target; "likelihood": a logistic regression of
-2000 observations, with the cheap couplings. "Twice": the draw is scored once more with its parameters held still, by the inverse, as
+2000 observations. "Twice": the draw is scored once more with its parameters held still, by the inverse, as
 other libraries do. In jax, "operations" and "memory" are ratios of the compiler's own counts (it counts the body of a loop once, in
 each of the steps).
 """
