@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
-from numpyro.distributions.transforms import BlockNeuralAutoregressiveTransform
+from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform
 from numpyro.infer import SVI, RenyiELBO
 from numpyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from numpyro.infer.initialization import init_to_value
@@ -379,27 +379,15 @@ def test_other_subsampled_plates():
 # The mixture
 
 
-@pytest.fixture(scope="module")
-def automatic():
-    """A guide that keeps a coefficient, and its parameters at the posterior."""
-    guide = AutoFlow(conjugate_model, "affine", gradient="auto")
-    handlers.seed(guide, 0)()
-    order = {name: POSTERIOR[name] if name == "x" else jnp.log(POSTERIOR[name])[None] for name in guide._layout.names}
-    loc = jnp.concatenate(list(order.values()))
-    return guide, {
-        "auto_flow$params": place(guide._flow, guide._variables(jax.random.key(0)), loc, 0.5 * jnp.eye(3))["params"]
-    }
-
-
-def test_auto_is_the_mixture_that_it_says(automatic, scramble):
-    guide, params = automatic[0], scramble(automatic[1], 0.2)
-    key, c = jax.random.key(1), 0.3
+def test_auto_is_the_mixture_that_it_says():
+    """At whatever coefficient the state holds; every tenth step this is learnt from both gradients."""
+    params, key, c = {name: jnp.array(1.2 * value) for name, value in LEVELS.items()}, jax.random.key(1), 0.3
 
     def loss(params, kind, step):
         control = {"cross": jnp.array(-c), "square": jnp.array(1.0), "step": step}
-        out = Objective("iwae", 3, gradient=kind).loss_with_mutable_state(
-            key, {**params, objective.CONTROL: control}, conjugate_model, guide
-        )
+        loss = Objective("iwae", 3, gradient=kind)
+        params = {**params, objective.CONTROL: control}
+        out = loss.loss_with_mutable_state(key, params, levels_model, levels_guide)
         return out["loss"], out["mutable_state"]
 
     of = jax.value_and_grad(loss, has_aux=True)
@@ -416,14 +404,19 @@ def test_auto_is_the_mixture_that_it_says(automatic, scramble):
         np.testing.assert_allclose(found, (1 - c) * flat(path) + c * flat(plain), rtol=1e-9, atol=1e-12)
     control = states[objective.CONTROL]
     new = Control(jnp.array(-c), jnp.array(1.0)).updated(path, jax.tree.map(jnp.subtract, plain, path))
-    np.testing.assert_allclose(control["cross"], [new.cross, -c], rtol=1e-9)  # it looks every tenth step
+    np.testing.assert_allclose(control["cross"], [new.cross, -c], rtol=1e-9)
     np.testing.assert_allclose(control["square"], [new.square, 1.0], rtol=1e-9)
     np.testing.assert_array_equal(control["step"], [21, 22])
     assert abs(new.square - 1) > 0.01
 
 
-def test_auto_lands_at_the_posterior(automatic):
-    guide, params = automatic
+def test_auto_lands_at_the_posterior():
+    guide = AutoFlow(conjugate_model, "affine", gradient="auto")
+    handlers.seed(guide, 0)()
+    at = {"x": POSTERIOR["x"], "s": jnp.log(POSTERIOR["s"])[None]}
+    loc = jnp.concatenate([at[name] for name in guide._layout.names])
+    placed = place(guide._flow, guide._variables(jax.random.key(0)), loc, 0.5 * jnp.eye(3))
+    params = {"auto_flow$params": placed["params"]}
     svi = SVI(conjugate_model, guide, numpyro.optim.Adam(1e-9), Objective("iwae", 4, gradient="auto"))
     state = svi.run(jax.random.key(0), 12, progress_bar=False, init_params=params).state
     assert state.mutable_state[objective.CONTROL]["step"] == 12
