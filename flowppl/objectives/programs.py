@@ -13,6 +13,7 @@ from flowppl.weights import log_mean_exp, normalize
 
 LogWeights = Array  # log p - log q of independent particles, (K, *batch)
 _TINY, _TINIEST = 1e-12, 1e-30  # beside the largest weight, and at all
+_DEAD = -1e3  # a log-ratio whose exponential is zero
 Value = Callable[[LogWeights], Array]  # to (*batch,)
 
 
@@ -157,7 +158,9 @@ def f_divergence(f: Callable[[Array], Array]) -> Program:
 
     def value(log_w: LogWeights) -> Array:
         xp = backend_of(log_w).xp
-        return -xp.mean(f(log_w - log_mean_exp(log_w, axis=0)[None]), axis=0)
+        log_ratio = log_w - log_mean_exp(log_w, axis=0)[None]
+        # Where the model has no density, f is asked for its value at as good as zero: 0 log 0 is not a number.
+        return -xp.mean(f(xp.where(log_w == -math.inf, _DEAD, log_ratio)), axis=0)
 
     return Program(value)
 

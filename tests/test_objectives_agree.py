@@ -1,0 +1,87 @@
+"""Programs in both frameworks: their weights, dead particles, and the gradients that they give through a flow."""
+
+import numpy as np
+import pytest
+
+from flowppl import tree
+from flowppl.backend import get_backend
+from flowppl.bijections import Affine, Chain, Coupling, LULinear
+from flowppl.flows import Flow
+from flowppl.objectives import path_log_prob, programs
+from tests.conftest import FRAMEWORKS
+from tests.registry import assert_close, compiled, gradient, on, variables
+
+ALL = {
+    **{name: make() for name, make in programs.PROGRAMS.items()},
+    "renyi": programs.renyi(0.4),
+    "cubo 3": programs.cubo(3.0),
+    "alpha": programs.alpha_divergence(0.5),
+    "mixture": programs.mixture([(0.7, programs.elbo()), (0.3, programs.jensen_shannon())]),
+}
+UNBIASED = {name: program for name, program in ALL.items() if program.unbiased}
+LOG_W = np.random.default_rng(0).standard_normal((5, 3)) * [0.3, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("name", [name for name, program in UNBIASED.items() if program.weights is not None])
+def test_closed_weights_are_the_derived_ones(backend, name):
+    """Those that programs write down are what the rule gives for their values."""
+    program, log_w = UNBIASED[name], on(backend, LOG_W)
+    found = program(log_w)[1], programs.derived(program.value, log_w)
+    assert_close(*(tree.map(backend.to_numpy, tuple(w)) for w in found), 1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_particles_of_no_weight(backend, name):
+    """What multiplies gradients stays finite where the model has no density."""
+    log_w = LOG_W.copy()
+    log_w[1, 0] = log_w[:, 1] = -np.inf  # one of five, and all
+    value, weights = ALL[name](on(backend, log_w))
+    assert all(np.all(np.isfinite(backend.to_numpy(w))) for w in weights)
+    assert not np.any(np.isnan(backend.to_numpy(value)))
+
+
+FLOW = Flow(Chain((Coupling(2, Affine(), 1, (4,)), LULinear(2))))
+RNG = np.random.default_rng(3)
+Z, CONTEXT = RNG.standard_normal((5, 2)), RNG.standard_normal((5, 1))
+
+
+def log_p(xp, x):
+    """A Student's t times the density of a ring."""
+    return -3 * xp.sum(xp.log(1 + x * x / 5), axis=-1) - (xp.sum(x * x, axis=-1) - 2) ** 2 / 4
+
+
+def gradients(backend, program, coefficient):
+    """Of the program in the flow's parameters and the context, from given base draws; and those that autodiff has."""
+    v, z, context = on(backend, (variables(FLOW), Z, CONTEXT))
+
+    def surrogate(params, context):
+        sample = FLOW.push({**v, "params": params}, z, context, with_score=True)
+        log_prob, xp = log_p(backend.xp, sample.x), backend.xp
+        c = programs.cotangents(program, backend.stop(log_prob - sample.log_prob), coefficient)
+        path = path_log_prob(sample, sample.x, context)
+        value = xp.sum(c.latents * log_prob + c.frozen * path + c.plain * sample.log_prob)
+        return value, c.value
+
+    def direct(params, context):
+        sample = FLOW.push({**v, "params": params}, z, context, with_log_prob=True)
+        return program.value(log_p(backend.xp, sample.x) - sample.log_prob), ()
+
+    def both(params, context):
+        return gradient(backend, surrogate, params, context), gradient(backend, direct, params, context)[1]
+
+    return tree.map(backend.to_numpy, compiled(backend, both)(v["params"], context))
+
+
+@pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="needs torch and jax")
+@pytest.mark.parametrize("name", ALL)
+def test_torch_and_jax_agree(name):
+    coefficient = 0.3 if ALL[name].unbiased else 0.0
+    (torch_, _), (jax_, _) = (gradients(get_backend(f), ALL[name], coefficient) for f in FRAMEWORKS)
+    assert max(np.abs(g).max() for g in tree.leaves(torch_[1])) > 1e-3
+    assert_close(torch_, jax_, 1e-8)
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_at_coefficient_one_the_gradient_is_that_of_autodiff(name):
+    (_, found), expected = gradients(get_backend(FRAMEWORKS[0]), UNBIASED[name], 1.0)
+    assert_close(found, expected, 1e-10)
