@@ -13,7 +13,8 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import mutable
 
 from flowppl.errors import NonFiniteError
-from flowppl.numpyro.objective import CONTROL, new_control
+from flowppl.numpyro.objective import new_control
+from flowppl.numpyro.particles import CONTROL
 from flowppl.numpyro.sites import hide_enumerated, look, refuse_moving_supports
 
 Array = Any

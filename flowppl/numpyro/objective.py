@@ -11,13 +11,12 @@ from jax import lax
 from numpyro.infer.elbo import ELBO
 
 from flowppl.errors import UnsupportedModelError
-from flowppl.numpyro.particles import Particles
+from flowppl.numpyro.particles import CONTROL, Particles
 from flowppl.objectives.control import REFRESH, Control
 from flowppl.objectives.programs import Program, Value, cotangents, requested
 
 Array = Any
 PutBack = Callable[[list[Array]], dict[str, Any]]
-CONTROL = "flowppl_control"  # the mutable site of guides that keep a coefficient
 
 
 class Objective(ELBO):

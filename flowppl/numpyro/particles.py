@@ -20,6 +20,7 @@ from flowppl.numpyro.distributions import flow_of, gradient_of_draws
 Array = Any
 Trace = dict[str, dict[str, Any]]
 Sites = dict[str, Array]  # arrays by site, (K, *batch, *event)
+CONTROL = "flowppl_control"  # the mutable site of guides that keep a coefficient
 _OUTSIDE = ["sample", "prng_key", "control_flow"]  # what differs between particles; they share subsamples of plates
 
 
@@ -57,13 +58,18 @@ class Particles:
             Values and log densities of its sites, the latter once more with the parameters frozen, and what plates drew.
 
         Raises:
-            UnsupportedModelError: a site has no derivatives of its draws, or cannot score a value.
+            UnsupportedModelError: a site has no derivatives of its draws, cannot score a value, or is mutable.
         """
 
         def one(key: Array) -> tuple[tuple[Sites, Sites, Sites], Sites]:
             guide = seed(self._guide, key)
             with gradient_of_draws("path" if with_path else "reparam"):
                 drawn = self._drawn = self._trace(guide, params)
+            for name, site in drawn.items():
+                if site["type"] == "mutable" and name != CONTROL:
+                    raise UnsupportedModelError(
+                        f"site {name!r} of the guide is mutable, and particles cannot share its state"
+                    )
             values = {name: site["value"] for name, site in _latents(drawn).items()}
             frozen = {}
             if with_path:

@@ -28,11 +28,13 @@ class Control(NamedTuple):
         return xp.clip(xp.where(known, -self.cross / xp.where(known, self.square, 1.0), 0.0), 0.0, 1.0)
 
     def updated(self, path: Any, score: Any) -> Control:
-        """The control after one more pair of g_path and s, trees of arrays alike."""
+        """The control after one more pair of g_path and s, trees of arrays alike; itself if they are not finite."""
         pairs = list(zip(tree.leaves(path), tree.leaves(score), strict=True))
         xp = backend_of(self.square).xp
         seen = Control(sum(xp.sum(g * s) for g, s in pairs), sum(xp.sum(s * s) for _, s in pairs))
-        return Control(*(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self, seen, strict=True)))
+        fine = xp.isfinite(seen.cross) & xp.isfinite(seen.square)
+        means = (_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self, seen, strict=True))
+        return Control(*(xp.where(fine, mean, old) for mean, old in zip(means, self, strict=True)))
 
 
 def no_control(like: Array) -> Control:

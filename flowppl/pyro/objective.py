@@ -137,9 +137,7 @@ class Objective(ELBO):
         for leaf, g, s in zip(leaves, at_path, score, strict=True):
             step = g + control.coefficient.to(s.dtype) * s
             leaf.grad = step if leaf.grad is None else leaf.grad + step
-        new = control.updated(at_path, score)
-        fine = torch.isfinite(new.cross) & torch.isfinite(new.square)
-        self._control = Control(*(torch.where(fine, a, b).detach() for a, b in zip(new, control, strict=True)))
+        self._control = Control(*(a.detach() for a in control.updated(at_path, score)))
         return -value
 
     def _coefficient(self) -> Any:
