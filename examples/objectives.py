@@ -13,7 +13,6 @@ that weights are bounded. It prints a table and saves a picture: docs/images/obj
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from flowppl.weights import ess, log_mean_exp, psis
 
 BIRTHS = [5.815, 5.024, 4.499, 4.073, 3.449, 2.809, 2.502, 2.364, 2.066, 1.838]  # per woman, every fifth year
 DECADES = 0.5 * np.arange(10)
-PARTICLES, DRAWS = 64, 100_000
+PARTICLES, DRAWS, RATE = 64, 100_000, 0.02
 LogDensity = Callable[[np.ndarray], np.ndarray]  # points (n, 2) to (n,)
 
 
@@ -34,7 +33,7 @@ def pairs(log_w: Any) -> Any:
     return log_mean_exp(log_w.reshape(2, -1, *log_w.shape[1:]), axis=0).mean(0)
 
 
-OBJECTIVES = {"elbo": "elbo", "pairs": pairs, "cubo": "cubo", "iwae": "iwae"}
+AFTER_ELBO = {"pairs": pairs, "iwae": "iwae", "cubo": "cubo"}
 
 
 def in_numpyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -58,14 +57,13 @@ def in_numpyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.n
     data = jnp.array(DECADES), jnp.log(jnp.array(BIRTHS))
     guide = AutoDiagonalNormal(model)
 
-    def train(objective: Any, start: Any, rate: float) -> Any:
-        svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(rate, steps)), objective)
-        return svi.run(jax.random.key(0), steps, *data, init_params=start, progress_bar=False).params
-
-    # All start from the ELBO's guide, with small steps: where one weight outdoes all others, most objectives lead astray.
-    start, fitted = train(PathELBO(PARTICLES), None, 3e-2), {}
-    for name, objective in OBJECTIVES.items():
-        q = guide.get_posterior(train(Objective(objective, PARTICLES), start, 3e-3))
+    # Each starts from the guide before: where one weight outdoes all others, "cubo" would run away.
+    objectives = {"elbo": PathELBO(PARTICLES), **{name: Objective(f, PARTICLES) for name, f in AFTER_ELBO.items()}}
+    params, fitted = None, {}
+    for name, objective in objectives.items():
+        svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(RATE, steps)), objective)
+        params = svi.run(jax.random.key(0), steps, *data, init_params=params, progress_bar=False).params
+        q = guide.get_posterior(params)
         fitted[name] = np.asarray(q.loc, np.float64), np.asarray(q.scale, np.float64)
     log_density = jax.jit(LogDensity(model, data).log_prob)
     return lambda u: np.asarray(log_density(jnp.asarray(u, jnp.float32)), np.float64), fitted
@@ -90,20 +88,19 @@ def in_pyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.ndar
     pyro.set_rng_seed(0)
     data = torch.tensor(DECADES).float(), torch.tensor(BIRTHS).log()
 
-    def train(objective: Any, guide: Any, rate: float) -> Any:
-        pyro.clear_param_store()  # it would hold the parameters of the guide before
-        cosine = {"optimizer": torch.optim.Adam, "optim_args": {"lr": rate}, "T_max": steps}
-        scheduler = pyro.optim.CosineAnnealingLR(cosine)
+    guide = AutoDiagonalNormal(model)
+    objectives = {"elbo": PathELBO(PARTICLES), **{name: Objective(f, PARTICLES) for name, f in AFTER_ELBO.items()}}
+    fitted = {}
+    for name, objective in objectives.items():
+        scheduler = pyro.optim.CosineAnnealingLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": RATE}, "T_max": steps}
+        )
         svi = SVI(model, guide, scheduler, objective)
         for _ in range(steps):
             svi.step(*data)
             scheduler.step()
-        return guide
-
-    start, fitted = train(PathELBO(PARTICLES), AutoDiagonalNormal(model), 3e-2), {}
-    for name, objective in OBJECTIVES.items():
-        q = train(Objective(objective, PARTICLES), copy.deepcopy(start), 3e-3).get_posterior().base_dist
-        fitted[name] = q.loc.detach().double().numpy(), q.scale.detach().double().numpy()
+        q = guide.get_posterior().base_dist
+        fitted[name] = q.loc.detach().double().clone().numpy(), q.scale.detach().double().clone().numpy()
     density = LogDensity(model, data)
     return lambda u: density.log_prob(torch.as_tensor(u).float()).double().detach().numpy(), fitted
 
