@@ -53,6 +53,15 @@ def test_npe(front: str, tmp_path: Path) -> None:
     _run(script.replace("calibration(1000", "calibration(20"), tmp_path, steps=6000)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("front", FRONTS)
+def test_objectives(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    blocks = _blocks("docs/objectives.md", front)
+    assert len(blocks) == 4
+    _run("\n".join(blocks), tmp_path, steps=2000)
+
+
 def _blocks(page: str, front: str) -> list[str]:
     """The Python blocks in the tabs of one front."""
     tabs = re.split(r'^=== "(\w+)"\n', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
