@@ -33,12 +33,8 @@ def pairs(log_w: Any) -> Any:
     return log_mean_exp(log_w.reshape(2, -1, *log_w.shape[1:]), axis=0).mean(0)
 
 
+RATE = 3e-2  # the first step size
 AFTER_ELBO = {"pairs": pairs, "iwae": "iwae", "cubo": "cubo"}
-
-
-def rate(name: str) -> float:
-    """The first step size: smaller where large steps can lead to where one weight outdoes all others."""
-    return 3e-2 if name == "elbo" else 1e-2
 
 
 def in_numpyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -62,11 +58,11 @@ def in_numpyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.n
     data = jnp.array(DECADES), jnp.log(jnp.array(BIRTHS))
     guide = AutoDiagonalNormal(model)
 
-    # Each starts from the guide before: with the ELBO's guide, whose largest weights outdo all others, "cubo" runs away.
+    # Each starts from the guide before: the first weights of a cold start are those of one particle.
     objectives = {"elbo": PathELBO(PARTICLES), **{name: Objective(f, PARTICLES) for name, f in AFTER_ELBO.items()}}
     params, fitted = None, {}
     for name, objective in objectives.items():
-        svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(rate(name), steps)), objective)
+        svi = SVI(model, guide, optax.adam(optax.cosine_decay_schedule(RATE, steps)), objective)
         params = svi.run(jax.random.key(0), steps, *data, init_params=params, progress_bar=False).params
         q = guide.get_posterior(params)
         fitted[name] = np.asarray(q.loc, np.float64), np.asarray(q.scale, np.float64)
@@ -98,7 +94,7 @@ def in_pyro(steps: int) -> tuple[LogDensity, dict[str, tuple[np.ndarray, np.ndar
     fitted = {}
     for name, objective in objectives.items():
         scheduler = pyro.optim.CosineAnnealingLR(
-            {"optimizer": torch.optim.Adam, "optim_args": {"lr": rate(name)}, "T_max": steps}
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": RATE}, "T_max": steps}
         )
         svi = SVI(model, guide, scheduler, objective)
         for _ in range(steps):

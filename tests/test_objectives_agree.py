@@ -15,6 +15,7 @@ ALL = {
     **{name: make() for name, make in programs.PROGRAMS.items()},
     "renyi": programs.renyi(0.4),
     "cubo 3": programs.cubo(3.0),
+    "renyi -1": programs.renyi(-1.0),
     "alpha": programs.alpha_divergence(0.5),
     "mixture": programs.mixture([(0.7, programs.elbo()), (0.3, programs.jensen_shannon())]),
 }
@@ -28,6 +29,14 @@ def test_closed_weights_are_the_derived_ones(backend, name):
     program, log_w = UNBIASED[name], on(backend, LOG_W)
     found = program(log_w)[1], programs.derived(program.value, log_w)
     assert_close(*(tree.map(backend.to_numpy, tuple(w)) for w in found), 1e-12)
+
+
+def test_cubo_draws_towards_what_the_guide_lacks(backend):
+    """Its weights are those of the gradient of the mean squared weight, over that mean: none is negative, and they add up."""
+    _, (model, guide) = programs.cubo(3.0)(on(backend, LOG_W))
+    expected = np.exp(3 * LOG_W) / np.exp(3 * LOG_W).sum(0)
+    assert_close(*(np.asarray(backend.to_numpy(a)) for a in (guide, 2 * on(backend, expected))), 1e-12)
+    assert_close(*(np.asarray(backend.to_numpy(a)) for a in (model, -on(backend, expected))), 1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -109,21 +109,21 @@ def renyi(alpha: float) -> Program:
 def cubo(order: float = 2.0) -> Program:
     """Minus the chi upper bound of order n, 1/n log 1/K sum exp(n l_k): a guide that covers the posterior's mass.
 
-    Its model gradient pushes the bound down, so learn no model with it: see `vis`. Dieng et al. 2017, "Variational inference via
-    chi upper bound minimization".
+    Its gradients are those of E_q (p / q)^n over the same mean. That of the bound itself, from K particles, pushes a particle away
+    whose weight outdoes all others, as if there were too much of the guide, where there is too little. The model gradient pushes the
+    bound down, so learn no model with it: see `vis`. Dieng et al. 2017, "Variational inference via chi upper bound minimization".
 
     Raises:
         ValueError: the order is not above one.
     """
     if not order > 1:
         raise ValueError(f"order must be above one, got {order}")
-    bound = renyi(1 - order)
 
     def weights(log_w: LogWeights) -> Weights:
-        model, guide = bound(log_w)[1]
-        return Weights(-model, -guide)
+        w = normalize(order * log_w, axis=0)
+        return Weights(-w, (order - 1) * w)
 
-    return Program(lambda log_w: -bound.value(log_w), weights)
+    return Program(lambda log_w: -log_mean_exp(order * log_w, axis=0) / order, weights, unbiased=False)
 
 
 def vis() -> Program:
@@ -217,7 +217,7 @@ def tail_adaptive(beta: float = -1.0) -> Program:
 
 
 def mixture(parts: Sequence[tuple[float, Program]]) -> Program:
-    """A weighted sum of objectives, such as `mixture([(0.9, elbo()), (0.1, cubo())])`."""
+    """A weighted sum of objectives, such as `mixture([(0.9, elbo()), (0.1, jensen_shannon())])`."""
 
     def weights(log_w: LogWeights) -> Weights:
         each = [(share, program(log_w)[1]) for share, program in parts]

@@ -38,11 +38,11 @@ PROGRAMS = {
     "elbo": "elbo",
     "iwae": "iwae",
     "renyi": programs.renyi(0.4),
-    "cubo": "cubo",
+    "renyi -1": programs.renyi(-1.0),
     "jensen_shannon": "jensen_shannon",
     "user": smooth,
 }
-BIASED = {name: name for name in ("vis", "rws", "tail_adaptive")}
+BIASED = {name: name for name in ("cubo", "vis", "rws", "tail_adaptive")}
 
 
 def chosen(shares, names=(*PROGRAMS,)):
