@@ -110,8 +110,9 @@ def cubo(order: float = 2.0) -> Program:
     """Minus the chi upper bound of order n, 1/n log 1/K sum exp(n l_k): a guide that covers the posterior's mass.
 
     Its gradients are those of E_q (p / q)^n over the same mean. That of the bound itself, from K particles, pushes a particle away
-    whose weight outdoes all others, as if there were too much of the guide, where there is too little. The model gradient pushes the
-    bound down, so learn no model with it: see `vis`. Dieng et al. 2017, "Variational inference via chi upper bound minimization".
+    whose weight outdoes all others, as if there were too much of the guide, where there is too little. The model gradient pushes
+    the bound down, so learn no model with it: see `vis`. Dieng et al. 2017, "Variational inference via chi upper bound
+    minimization".
 
     Raises:
         ValueError: the order is not above one.
