@@ -31,8 +31,8 @@ _HEAVY = 0.4  # k-hat above which training goes on with the tails in view
 _COVERING = annealed(chunks=4, level=0.2)  # the step sizes then
 _DRAWS, _COVER = 1, 2  # streams of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
-_NEGLIGIBLE = 4.0  # nats of evidence below which another mode does not count
-_MISSED = 3.0  # nats by which a flow's density may be too low on average in another mode
+_NEGLIGIBLE = 0.02  # the share of the posterior's mass that may be missed
+_MISSED = 3.0  # nats by which a flow's density is too low where it misses mass
 
 Draws = tuple[np.ndarray, np.ndarray]  # points (n, dim) and log-weights (n,), in float64
 
@@ -226,7 +226,7 @@ def _run(
 
 
 def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:
-    """Those of other modes' draws that have mass where the flow has next to none."""
+    """Those of other modes' draws that show that the flow misses a share of the mass."""
     backend = backend_of(problem.like)
     log_ratio = backend.jit(lambda v, x: backend.stop(problem.log_prob(x) - problem.flow.log_prob(v, x)))
     log_z = _evidence(fit.draws).log_evidence
@@ -234,9 +234,10 @@ def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:
     for x, log_w in modes:
         x, log_w = x[:_CHUNK], log_w[:_CHUNK]
         mode = _evidence((x, log_w))
-        if mode.log_evidence > log_z - _NEGLIGIBLE:
+        share = np.exp(min(mode.log_evidence - log_z, 0.0))
+        if share > _NEGLIGIBLE:
             gap = np.asarray(backend.to_numpy(log_ratio(fit.variables, _like(problem, x))), np.float64) - log_z
-            if mode.weight @ np.minimum(np.nan_to_num(gap, nan=np.inf), 1e3) > _MISSED:
+            if share * (mode.weight @ ~(gap <= _MISSED)) > _NEGLIGIBLE:
                 found.append((x, log_w))
     return found
 
