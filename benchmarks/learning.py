@@ -1,11 +1,12 @@
-"""Learning a model by variational importance sampling, the importance-weighted bound and the ELBO, under a guide that is too simple.
+"""Learning a model by variational importance sampling, the importance-weighted bound and the ELBO, under too simple a guide.
 
     python -m benchmarks learning [--seeds 5] [--steps 2000]
 
 Two models are learnt from data that they made, so that the log-likelihood of held-out data under the truth is known. The guide is a
-normal without correlations, from a network that reads the data: what it cannot be, the ELBO wants the posterior not to be. "vis" fits
-the guide by the forward chi-square divergence (Li et al. 2024). All objectives have the same particles, steps, batches and rate. Nothing of
-the guide is left in the judgement: held-out log-likelihoods are by quadrature (mixture) or by a particle filter (neurons).
+normal without correlations, from a network that reads the data: what it cannot be, the ELBO wants the posterior not to be. "vis"
+fits the guide by the forward chi-square divergence (Li et al. 2024). All objectives have the same particles, steps, batches and
+rate. Nothing of the guide is left in the judgement: held-out log-likelihoods are by quadrature (mixture) or by a particle filter
+(neurons).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -196,7 +198,7 @@ def network(name: str, key: Array, x: Array, outputs: int) -> Array:
     """A perceptron with its parameters."""
     k = jax.random.split(key, 2)
     sizes = x.shape[-1], HIDDEN, outputs
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         weights = numpyro.param(f"{name}$w{i}", jax.random.normal(k[i], (a, b)) * (0.1 if i else 1.0) / a**0.5)
         x = (jax.nn.tanh(x) if i else x) @ weights + numpyro.param(f"{name}$b{i}", jnp.zeros(b))
     return x
@@ -239,8 +241,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     keys = jax.vmap(jax.random.key)(jnp.arange(options.seeds))
     print(
-        f"{options.seeds} seeds of truth, data and start; {TRAINING} data for learning, {HELD_OUT} held out; {PARTICLES} particles, "
-        f"batches of {BATCH}, {options.steps} steps of Adam, its rate falling from {RATE} as half a cosine.\n"
+        f"{options.seeds} seeds of truth, data and start; {TRAINING} data for learning, {HELD_OUT} held out; {PARTICLES} "
+        f"particles, batches of {BATCH}, {options.steps} steps of Adam, its rate falling from {RATE} as half a cosine.\n"
     )
     columns = ["model", "objective", "held out, nats", "to the truth", "to the ELBO", "seconds"]
     print(f"| {' | '.join(columns)} |\n|---|---|{'---:|' * (len(columns) - 2)}", flush=True)

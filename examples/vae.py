@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,8 @@ def in_pyro(
     import pyro
     import pyro.distributions as dist
     import torch
-    from pyro.infer import SVI, RenyiELBO
+    from pyro import poutine
+    from pyro.infer import SVI
     from torch import nn
 
     from flowppl.pyro import Objective, flow_module
@@ -129,9 +130,17 @@ def in_pyro(
         scheduler.step()
     seconds = time.perf_counter() - start
 
-    loss = RenyiELBO(alpha=0.0, num_particles=draws, max_plate_nesting=1, vectorize_particles=True).loss
+    def log_likelihood(images):
+        with pyro.plate("draws", draws, dim=-2):
+            guided = poutine.trace(guide).get_trace(images)
+            modelled = poutine.trace(poutine.replay(model, guided)).get_trace(images)
+        for trace in (guided, modelled):
+            trace.compute_log_prob()
+        log_p = modelled.nodes["z"]["log_prob"] + modelled.nodes["x"]["log_prob"]
+        return (log_p - guided.nodes["z"]["log_prob"]).logsumexp(0) - np.log(draws)
+
     with torch.no_grad():
-        held_out = np.array([-loss(model, guide, image[None]) for image in test])
+        held_out = torch.cat([log_likelihood(some) for some in test.split(32)]).numpy()
         drawn = decoder(torch.randn(20, LATENTS)).sigmoid().numpy()
     return Fit(held_out, drawn, seconds)
 
