@@ -4,9 +4,9 @@
 
 Two models are learnt from data that they made, so that the log-likelihood of held-out data under the truth is known. The guide is a
 normal without correlations, from a network that reads the data: what it cannot be, the ELBO wants the posterior not to be. "vis"
-fits the guide by the forward chi-square divergence (Li et al. 2024), in two ways. All objectives have the same particles, steps, batches and
-rate. Nothing of the guide is left in the judgement: held-out log-likelihoods are by quadrature (mixture) or by a particle filter
-(neurons).
+fits the guide by the forward chi-square divergence (Li et al. 2024), in two ways. All objectives have the same particles, steps,
+batches and rate. Nothing of the guide is left in the judgement: held-out log-likelihoods are by quadrature (mixture) or by a
+particle filter (neurons).
 """
 
 from __future__ import annotations
