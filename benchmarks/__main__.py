@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = ("speed", "family", "autoregressive", "inverses", "density", "eight_schools", "fit", "path")
+BENCHMARKS = ("speed", "family", "autoregressive", "inverses", "density", "eight_schools", "fit", "path", "learning")
 
 if __name__ == "__main__":
     known = sys.argv[1:2] and sys.argv[1] in BENCHMARKS

@@ -61,6 +61,27 @@ def test_guides(name: str, steps: int, tmp_path: Path) -> None:
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_vae(tmp_path: Path) -> None:
+    for package in ("pyro", "matplotlib"):
+        pytest.importorskip(package)
+    _run(
+        tmp_path,
+        EXAMPLES / "vae.py",
+        "--ppl",
+        "pyro",
+        "--steps",
+        2,
+        "--draws",
+        2,
+        "--posteriors",
+        "planar",
+        "--output",
+        tmp_path,
+    )
+    assert (tmp_path / "vae.png").stat().st_size > 10_000
+
+
 def test_gallery(tmp_path: Path) -> None:
     for package in ("torch", "matplotlib"):
         pytest.importorskip(package)
