@@ -16,6 +16,8 @@ from flowppl.objectives import fisher_divergence, forward_kl, sliced_mmd
 from tests.conftest import FRAMEWORKS
 from tests.registry import CASES, assert_close, compiled, gradient, on, registered, variables
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough
+
 PAIRS = {  # small ones, with a context and without
     "affine": flows.affine()(2),
     "spline": registered("nsf", 2, 1),
