@@ -32,7 +32,7 @@ from numpyro.infer import SVI
 
 from flowppl.numpyro import Objective
 from flowppl.objectives import programs
-from flowppl.objectives.programs import Program, Weights
+from flowppl.objectives.programs import Program
 
 PARTICLES, BATCH, TRAINING, HELD_OUT, HIDDEN = 50, 50, 1000, 500, 32
 COMPONENTS, ITEMS, NODES = 4, 8, 32  # of the mixture, nodes of a quadrature in each of its two dimensions
@@ -41,25 +41,10 @@ Array = Any
 Params = dict[str, Array]
 
 
-def ratio_vis() -> Program:
-    """`vis` with the guide's gradient as Li et al. estimate it, by weights that sum to one, and then reparametrised.
-
-    The gradient of log E w^2 is a ratio of means. `vis` has the gradient of the mean of its estimate from K particles, which turns
-    round where one particle has all of the weight.
-    """
-
-    def weights(log_w: Array) -> Weights:
-        squared = jax.nn.softmax(2 * log_w, axis=0)
-        return Weights(jax.nn.softmax(log_w, axis=0), squared - squared**2)
-
-    return Program(programs.iwae().value, weights, unbiased=False)
-
-
 OBJECTIVES = {
     "elbo": programs.elbo(),
     "iwae": programs.iwae(),
     "vis": programs.vis(),
-    "vis, as a ratio": ratio_vis(),
 }
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from numpyro.infer.elbo import ELBO
+from numpyro.primitives import mutable
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.particles import CONTROL, Particles
@@ -33,7 +34,7 @@ class Objective(ELBO):
         num_particles: K.
         gradient: "path" (doubly reparametrised), "reparam" (plain), or "auto", the mixture of both that varies least: far from
             the posterior the plain gradient can be the better one. The coefficient is learnt on the way, so "auto" needs a
-            guide that keeps it: `AutoFlow` or `AmortizedFlow` with `gradient="auto"`.
+            guide that keeps it: `AutoFlow` or `AmortizedFlow` with `gradient="auto"`, or any other in `keeping(guide)`.
         biased: Accept a `Program` whose gradients are not those of its value.
 
     Raises:
@@ -74,7 +75,7 @@ class Objective(ELBO):
         if self.gradient == "auto" and control is None:
             raise UnsupportedModelError(
                 'gradient="auto" learns a coefficient, which this guide does not keep: use AutoFlow or AmortizedFlow with '
-                'gradient="auto", or choose "path" or "reparam"'
+                'gradient="auto", wrap any other guide in flowppl.numpyro.objective.keeping, or choose "path" or "reparam"'
             )
         params, put_back = _floats({k: v for k, v in param_map.items() if k != CONTROL})
         particles = Particles(rng_key, model, guide, args, kwargs, self.num_particles)
@@ -102,6 +103,16 @@ def PathELBO(num_particles: int = 1) -> Objective:
 def new_control() -> dict[str, Array]:
     """What the mutable site of a guide starts from."""
     return {"cross": jnp.zeros(()), "square": jnp.zeros(()), "step": jnp.zeros((), jnp.int32)}
+
+
+def keeping(guide: Callable) -> Callable:
+    """The same guide with a place for the coefficient of `gradient="auto"`: `SVI(model, keeping(guide), ...)`."""
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        mutable(CONTROL, new_control())
+        return guide(*args, **kwargs)
+
+    return kept
 
 
 def coefficient(svi_state: Any) -> Array:
