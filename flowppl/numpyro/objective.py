@@ -14,6 +14,7 @@ from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.particles import CONTROL, Particles
 from flowppl.objectives.control import REFRESH, Control
 from flowppl.objectives.programs import Program, Value, cotangents, requested
+from flowppl.objectives.score import check_scores
 
 Array = Any
 PutBack = Callable[[list[Array]], dict[str, Any]]
@@ -140,27 +141,29 @@ def _estimate(
     particles: Particles, put_back: PutBack, program: Program, params: list[Array], with_path: bool
 ) -> tuple[Array, Callable[[Array | float], list[Array]]]:
     """The program's value, and its gradient as a function of the coefficient of the plain estimator."""
-    (values, log_q, frozen), pull_draw, plates = jax.vjp(
+    (values, log_q, frozen, scores), pull_draw, fixed = jax.vjp(
         lambda params: particles.draw(put_back(params), with_path), params, has_aux=True
     )
-    log_p, pull_score = jax.vjp(
-        lambda params, values: particles.score(put_back(params), values, plates), params, values
-    )
+    scored = particles.scored_sites()
+    check_scores(scored, program.unbiased)
+    log_p, pull_score = jax.vjp(lambda params, values: particles.score(put_back(params), values, fixed), params, values)
     if with_path:
         particles.check_densities(params, put_back, program.linear)
     total, scale = particles.total(program.linear)
     log_p, pull_log_p = jax.vjp(total, log_p)
     log_q, pull_log_q = jax.vjp(total, log_q)
     _, pull_frozen = jax.vjp(total, frozen)
+    _, pull_scores = jax.vjp(total, scores)
     log_w = lax.stop_gradient(log_p - log_q) / scale
     unit = cotangents(program, log_w, 1.0)
     from_model, from_latents = pull_score(*pull_log_p(unit.model))
 
     def pull_back(coefficient: Array | float) -> list[Array]:
-        c = cotangents(program, log_w, coefficient)
+        c = cotangents(program, log_w, coefficient, scored=bool(scored))
         through = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
         still = pull_frozen(c.frozen)[0] if with_path else frozen
-        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still))
+        signal = pull_scores(scale * c.score)[0] if scored else scores
+        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still, signal))
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 
     return scale * jnp.sum(unit.value), pull_back

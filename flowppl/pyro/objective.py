@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowppl.objectives.control import REFRESH, Control, no_control
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
+from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
 from flowppl.pyro.particles import Plates
 
@@ -25,16 +26,19 @@ class _Particles(NamedTuple):
     log_p: Tensor
     log_q: Tensor
     frozen: Tensor | None  # log q as a function of the latents alone, where it is needed
+    scores: Tensor | None  # log q of scored sites, without the scale of plates, where there are any
     plates: Plates
     ratio: list[Tensor]  # what the gradient of log p in the latents is multiplied by
 
     def pull(self, weights: Cotangents, *, plain: bool) -> Tensor:
         """A scalar of no meaning, whose gradient is that of the objective; `ratio` is set for it."""
         if self.frozen is None:
-            return (weights.model * (self.log_p - self.log_q)).sum()
-        self.ratio[:] = [weights.latents / weights.model]
-        total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
-        return total + (weights.plain * self.log_q).sum() if plain else total
+            total = (weights.model * (self.log_p - self.log_q)).sum()
+        else:
+            self.ratio[:] = [weights.latents / weights.model]
+            total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
+            total = total + (weights.plain * self.log_q).sum() if plain else total
+        return total if self.scores is None else total + self.plates.scale * (weights.score * self.scores).sum()
 
 
 class Objective(ELBO):
@@ -148,7 +152,7 @@ class Objective(ELBO):
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
         log_w = (run.log_p - run.log_q).detach() / run.plates.scale
-        weights = cotangents(self.program, log_w, coefficient)
+        weights = cotangents(self.program, log_w, coefficient, scored=run.scores is not None)
         return weights.value.sum() * run.plates.scale, weights
 
     def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -183,7 +187,10 @@ class Objective(ELBO):
             for trace in (model_trace, drawn):
                 for site in particles.sample_sites(trace).values():
                     check_site_shape(site, self.max_plate_nesting)
-        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, self.program.linear)
+        scored = particles.scored_sites(drawn)  # of which each has the less noise the fewer log-weights it answers for
+        check_scores([*scored], self.program.unbiased)
+        linear = self.program.linear
+        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, linear, bool(scored))
         log_p, log_q = (
             plates.total(site["log_prob"] for site in particles.sample_sites(trace).values())
             for trace in (model_trace, drawn)
@@ -191,12 +198,13 @@ class Objective(ELBO):
         frozen = None
         if path:
             if self._known[0] is not guide:
-                scale = None if self.program.linear else plates.scale
+                scale = None if linear else plates.scale
                 particles.check_densities(run_guide, args, kwargs, drawn, scale)
                 self._known = guide, particles.unregistered(drawn)
             leaves = particles.registered(drawn) + self._known[1]
             frozen = plates.total(particles.frozen_log_q(run_guide, args, kwargs, drawn, leaves))
-        return _Particles(log_p, log_q, frozen, plates, ratio)
+        scores = plates.total(map(particles.unscaled, scored.values())) if scored else None
+        return _Particles(log_p, log_q, frozen, scores, plates, ratio)
 
 
 def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:

@@ -193,6 +193,59 @@ def test_mean_of_the_guides_of_numpyro(of, scramble):
     assert_mean_zero(np.asarray(path - plain))
 
 
+# Sites that draw without derivatives
+
+
+def mixed_model(n):
+    with numpyro.plate("replicas", n):
+        d = numpyro.sample("d", dist.Bernoulli(0.4))
+        x = numpyro.sample("x", dist.StudentT(5.0, 0.3 + d, 1.0))
+        e = numpyro.sample("e", dist.Bernoulli(logits=x - 0.2))
+        numpyro.sample("y", dist.Normal(x - d + 1.5 * e, 0.8), obs=jnp.full(n, 1.2))
+
+
+def mixed_guide(n):
+    """A scored site before a reparametrised one, and one after it."""
+    a, b, m, c, s, w = (numpyro.param(name, value) for name, value in MIXED.items())
+    with numpyro.plate("replicas", n):
+        d = numpyro.sample("d", dist.Bernoulli(logits=a))
+        x = numpyro.sample("x", dist.Normal(m + c * d, s))
+        numpyro.sample("e", dist.Bernoulli(logits=b + w * x))
+
+
+MIXED = dict(zip("abmcsw", map(jnp.array, (0.3, -0.2, 0.4, 0.7, 0.9, 0.8)), strict=True))
+
+
+def mixed_by_quadrature(program, params):
+    """The exact gradient of minus the objective of two particles: by quadrature over normals, and by enumeration over bits."""
+    z = jnp.linspace(-8, 8, 81)
+    d, z, e = (a.ravel() for a in jnp.meshgrid(jnp.arange(2), z, jnp.arange(2), indexing="ij"))
+    width = 0.2 * jnp.exp(dist.Normal(0.0, 1.0).log_prob(z))
+
+    def loss(p):
+        x = p["m"] + p["c"] * d + p["s"] * z
+        bits = [dist.Bernoulli(logits=p["a"]).log_prob(d), dist.Bernoulli(logits=p["b"] + p["w"] * x).log_prob(e)]
+        log_q = sum(bits) + dist.Normal(p["m"] + p["c"] * d, p["s"]).log_prob(x)
+        log_p = dist.Bernoulli(0.4).log_prob(d) + dist.StudentT(5.0, 0.3 + d, 1.0).log_prob(x)
+        log_p = log_p + dist.Bernoulli(logits=x - 0.2).log_prob(e) + dist.Normal(x - d + 1.5 * e, 0.8).log_prob(1.2)
+        weight, log_w = width * jnp.exp(sum(bits)), log_p - log_q
+        pairs = jnp.stack([jnp.broadcast_to(a, (len(z), len(z))) for a in (log_w[:, None], log_w)])
+        return -jnp.sum(program.value(pairs) * weight * weight[:, None])
+
+    return jax.grad(loss)(params)
+
+
+def test_gradient_of_scored_sites_is_that_of_quadrature():
+    n = 400
+    draws = for_every_program(lambda p, key: pair(p, mixed_model, mixed_guide, MIXED, key, n, k=2), 40)
+    exact = for_every_program(lambda p, key: mixed_by_quadrature(p, MIXED), 1)
+    np.testing.assert_allclose(draws[0][0], draws[1][0], rtol=1e-12)
+    for program in range(len(PROGRAMS)):
+        for _, kind in draws:
+            found, expected = (np.stack([g[name][program] for name in MIXED], -1) for g in (kind, exact))
+            assert_mean_zero(found / n - expected, k=6)
+
+
 # No variance at the posterior
 
 
