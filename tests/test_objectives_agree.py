@@ -72,8 +72,13 @@ def test_baselines_leave_one_out(backend):
 def test_scores_have_no_weight_where_particles_are_alike(backend, name):
     alike, free = (on(backend, a) for a in (0 * LOG_W + 0.3, LOG_W))
     for coefficient in (0.0, 0.4, 1.0):
-        assert np.abs(backend.to_numpy(programs.cotangents(ALL[name], alike, coefficient, scored=True).score)).max() < 1e-12
-        assert np.abs(backend.to_numpy(programs.cotangents(ALL[name], free, coefficient, scored=True).score)).min() > 1e-6
+        assert (
+            np.abs(backend.to_numpy(programs.cotangents(ALL[name], alike, coefficient, scored=True).score)).max()
+            < 1e-12
+        )
+        assert (
+            np.abs(backend.to_numpy(programs.cotangents(ALL[name], free, coefficient, scored=True).score)).min() > 1e-6
+        )
 
 
 FLOW = Flow(Chain((Coupling(2, Affine(), 1, (4,)), LULinear(2))))

@@ -162,7 +162,7 @@ def _estimate(
         c = cotangents(program, log_w, coefficient, scored=bool(scored))
         through = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
         still = pull_frozen(c.frozen)[0] if with_path else frozen
-        signal = pull_scores(scale * c.score)[0] if scored else scores
+        signal = scores if c.score is None else pull_scores(scale * c.score)[0]
         (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still, signal))
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 

@@ -108,9 +108,8 @@ class Particles:
         Raises:
             UnsupportedModelError: another plate subsamples, and that matters.
         """
-        self._dims, scale = frozenset(), 1.0
-        if not linear or self.scored_sites():  # of which each has the less noise the fewer log-weights it answers for
-            self._dims, scale = _shared_plates(self._scored, self._drawn, linear)
+        apart = not linear or self.scored_sites()  # a score has the less noise the fewer log-weights it answers for
+        self._dims, scale = _shared_plates(self._scored, self._drawn, linear) if apart else (frozenset(), 1.0)
         return partial(_total, dims=self._dims), scale
 
     def scored_sites(self) -> list[str]:

@@ -11,8 +11,8 @@ from flowppl.errors import UnsupportedModelError
 def leave_one_out(credit: Callable[[Array], Array], log_w: Array) -> Array:
     """What each particle's own log-weight adds to its credit, so that the score that it multiplies varies little.
 
-    Credit k less what it would be, had particle k the mean log-weight of the others (zero, if there are none): that does not depend on
-    its draw, and times its score has mean zero. Mnih & Rezende 2016, "Variational inference for Monte Carlo objectives".
+    Credit k less what it would be, had particle k the mean log-weight of the others (zero, if there are none). That does not depend
+    on its draw, and times its score has mean zero. Mnih & Rezende 2016, "Variational inference for Monte Carlo objectives".
 
     Args:
         credit: From log-weights `(K, *batch)` to as many, or to `(*batch,)` for one credit of all particles.
@@ -62,7 +62,9 @@ def is_scored(name: str, marked: str | None, distribution: str, *, moves: bool, 
             '"reparam": mark it "score", or not at all'
         )
     if marked == "score" and point:
-        raise UnsupportedModelError(f'site {name!r} of the guide is a Delta, which has no score: do not mark it "score"')
+        raise UnsupportedModelError(
+            f'site {name!r} of the guide is a Delta, which has no score: do not mark it "score"'
+        )
     return marked == "score" or not moves
 
 

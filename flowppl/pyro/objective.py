@@ -187,9 +187,10 @@ class Objective(ELBO):
             for trace in (model_trace, drawn):
                 for site in particles.sample_sites(trace).values():
                     check_site_shape(site, self.max_plate_nesting)
-        scored = particles.scored_sites(drawn)  # of which each has the less noise the fewer log-weights it answers for
+        scored = particles.scored_sites(drawn)
         check_scores([*scored], self.program.unbiased)
         linear = self.program.linear
+        # A score has the less noise the fewer log-weights it answers for.
         plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, linear, bool(scored))
         log_p, log_q = (
             plates.total(site["log_prob"] for site in particles.sample_sites(trace).values())

@@ -239,10 +239,8 @@ def mixed_by_quadrature(program, params, k=2):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_gradient_of_scored_sites_is_that_of_quadrature(k):
-    n, names = 400, (*PROGRAMS,) if k > 1 else ("elbo", "user")
-    draws = for_every_program(
-        lambda p, key: pair(p, mixed_model, mixed_guide, MIXED, key, n, k=k), 40, names=names
-    )
+    n, names = 400, (*PROGRAMS,) if k > 1 else ("user",)
+    draws = for_every_program(lambda p, key: pair(p, mixed_model, mixed_guide, MIXED, key, n, k=k), 40, names=names)
     exact = for_every_program(lambda p, key: mixed_by_quadrature(p, MIXED, k), 1, names=names)
     np.testing.assert_allclose(draws[0][0], draws[1][0], rtol=1e-12)
     for program in range(len(names)):
@@ -270,13 +268,11 @@ def test_continuous_sites_that_are_marked():
 
 
 def test_baselines_lower_the_variance(monkeypatch):
-    draw = lambda p, key: tuple(flat(g) for _, g in pair(p, mixed_model, mixed_guide, MIXED, key, 1, k=4))
-    names = ("elbo", "iwae", "user")
-    with_baseline = for_every_program(draw, 300, names=names)
+    draw = lambda p, key: flat(gradient(Objective(p, 4), mixed_model, mixed_guide, MIXED, key, 1))
+    found = for_every_program(draw, 300, names=("elbo", "iwae"))
     monkeypatch.setattr(programs, "leave_one_out", lambda credit, log_w: credit(log_w))
-    without = for_every_program(draw, 300, names=names)
-    for a, b in zip(with_baseline, without, strict=True):
-        assert np.all(a.var(1).sum(-1) < 0.7 * b.var(1).sum(-1))
+    without = for_every_program(draw, 300, names=("elbo", "iwae"))
+    assert np.all(found.var(1).sum(-1) < 0.7 * without.var(1).sum(-1))
 
 
 def clusters_model(size):
@@ -422,7 +418,7 @@ def test_no_variance_at_the_posterior_of_two_levels():
 
 def test_no_variance_at_a_planted_guide_with_scored_sites():
     guide = partial(mixed_guide, 2)
-    assert_no_variance(planted(guide, MIXED), guide, MIXED, ("elbo", "iwae", "jensen_shannon"))
+    assert_no_variance(planted(guide, MIXED), guide, MIXED, ("elbo", "iwae"))
 
 
 # Values, models, plates
