@@ -26,7 +26,9 @@ class Objective(ELBO):
     The guide's parameters get the doubly reparametrised gradient of whatever the function is, and the model's the plain one, from
     one pass: see `flowppl.objectives.programs.Program`. Flows of flowppl carry their scores along as they draw. Other guides
     score their draws once more with their parameters held still, so any of NumPyro's will do. Weights are computed for each
-    element of the plates that all sites of model and guide share.
+    element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as discrete
+    ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out baselines; several
+    particles have the less noise.
 
     Args:
         program: A name ("elbo", "iwae", "cubo", "vis", "rws", "jensen_shannon", "tail_adaptive"), a `Program` such as
@@ -38,10 +40,12 @@ class Objective(ELBO):
         biased: Accept a `Program` whose gradients are not those of its value.
 
     Raises:
-        ValueError: there is no such program or gradient, or the program is biased and that was not asked for.
-        UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
-            is scaled, or cannot score values; a plate subsamples that does not enclose all sites, and the program is not linear;
-            or nothing keeps the coefficient.
+        ValueError: there is no such program or gradient, or the program is biased and that was not asked for; at a step: a site
+            is marked neither "score" nor "reparam".
+        UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
+            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
+            score values; a plate subsamples that does not enclose all sites, and the program is not linear; or nothing keeps the
+            coefficient.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist

@@ -47,7 +47,9 @@ class Objective(ELBO):
     With path gradients the guide's parameters get, of whatever objective, the doubly reparametrised gradient, see
     `flowppl.objectives.programs.Program`: unbiased, and without variance where the guide is the posterior. The model's parameters
     get the plain one. This holds for guides of any distributions that have derivatives of their draws and can score values, Pyro's
-    own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter.
+    own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter. Sites that draw without
+    derivatives, such as discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with
+    leave-one-out baselines; several particles have the less noise.
 
     Particles are always vectorised. Log-weights are kept apart for the elements of plates that enclose every sample site of model
     and guide, and summed over others. A guide runs twice in a step, so that beside its sample sites nothing in it may be random.
@@ -63,9 +65,11 @@ class Objective(ELBO):
         max_plate_nesting: See Pyro; found by a run of model and guide if it is infinite.
 
     Raises:
-        ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient.
-        UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
-            is scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
+        ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient; at a step: a site is
+            marked neither "score" nor "reparam".
+        UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
+            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
+            score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
