@@ -60,6 +60,8 @@ class Objective(ELBO):
         (10,)
     """
 
+    can_infer_discrete = True  # where the guide draws; `SVI` would warn
+
     def __init__(
         self,
         program: str | Program | Value = "elbo",

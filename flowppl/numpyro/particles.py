@@ -88,7 +88,11 @@ class Particles:
         return jax.vmap(one)(self._keys[0])
 
     def score(self, params: dict[str, Any], values: Sites, fixed: Sites) -> Sites:
-        """Log densities of the model's sites at what the guide drew."""
+        """Log densities of the model's sites at what the guide drew.
+
+        Raises:
+            UnsupportedModelError: a site is left for enumeration.
+        """
 
         def one(key: Array, values: Sites, fixed: Sites) -> Sites:
             known = {name: {**self._drawn[name], "value": value} for name, value in {**values, **fixed}.items()}
@@ -97,6 +101,11 @@ class Particles:
 
         found = jax.vmap(one)(self._keys[1], values, fixed)
         check_model_guide_match(self._scored, self._drawn)
+        for name, site in _latents(self._scored).items():
+            if name not in self._drawn and site["infer"].get("enumerate"):
+                raise UnsupportedModelError(
+                    f"site {name!r} of the model is marked for enumeration: use TraceEnum_ELBO, or draw it in the guide"
+                )
         return found
 
     def total(self, linear: bool) -> tuple[Callable[[Sites], Array], float]:

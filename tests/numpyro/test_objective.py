@@ -1,5 +1,6 @@
 """Objectives of NumPyro's SVI: right in the mean against quadrature, of no variance at the posterior, for any guide."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -581,6 +582,29 @@ def test_training_reaches_the_evidence():
     assert 0 <= coefficient(result.state) <= 1
 
 
+def test_training_of_discrete_latents_reaches_the_posterior():
+    """Without a warning of `SVI`; a mixture's component and its mean, given the component."""
+
+    def model():
+        d = numpyro.sample("d", dist.Bernoulli(0.3))
+        x = numpyro.sample("x", dist.Normal(2.0 * d, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=1.5)
+
+    def guide():
+        d = numpyro.sample("d", dist.Bernoulli(logits=numpyro.param("logit", jnp.array(-1.0))))
+        loc, log_scale = numpyro.param("loc", jnp.zeros(2)), numpyro.param("log_scale", jnp.zeros(2))
+        numpyro.sample("x", dist.Normal(loc[d], jnp.exp(log_scale)[d]))
+
+    svi = SVI(model, guide, numpyro.optim.Adam(lambda step: 0.1 * 0.99**step), Objective("iwae", 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = svi.run(jax.random.key(0), 700, progress_bar=False)
+    each = dist.Normal(jnp.array([0.0, 2.0]), 2**0.5).log_prob(1.5) + jnp.log(jnp.array([0.7, 0.3]))
+    np.testing.assert_allclose(result.losses[-10:], -jax.nn.logsumexp(each), atol=0.01)
+    np.testing.assert_allclose(result.params["logit"], each[1] - each[0], atol=0.05)
+    np.testing.assert_allclose(result.params["loc"], [0.75, 1.75], atol=0.05)
+
+
 def test_path_elbo_is_an_objective():
     loss = PathELBO(7)
     assert isinstance(loss, Objective)
@@ -629,6 +653,8 @@ def test_guides_that_cannot_be_used():
         guide = lambda kind=kind: numpyro.sample("n", dist.Poisson(1.0), infer={"grad": kind})
         with pytest.raises(ValueError, match=match):
             shapes(Objective(), guide, guide)
+    summed = lambda: numpyro.sample("n", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    refused(Objective(), summed, lambda: None, "'n' of the model is marked for enumeration", {})
     refused(Objective(gradient="auto"), small_model, AutoNormal(small_model), "this guide does not keep", {})
 
 
