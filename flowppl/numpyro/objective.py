@@ -26,9 +26,9 @@ class Objective(ELBO):
     The guide's parameters get the doubly reparametrised gradient of whatever the function is, and the model's the plain one, from
     one pass: see `flowppl.objectives.programs.Program`. Flows of flowppl carry their scores along as they draw. Other guides
     score their draws once more with their parameters held still, so any of NumPyro's will do. Weights are computed for each
-    element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as discrete
-    ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out baselines; several
-    particles have the less noise.
+    element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as
+    discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out
+    baselines; several particles have the less noise.
 
     Args:
         program: A name ("elbo", "iwae", "cubo", "vis", "rws", "jensen_shannon", "tail_adaptive"), a `Program` such as

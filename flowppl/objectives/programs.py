@@ -36,7 +36,7 @@ class Program:
 
     Attributes:
         value: phi, from log-weights `(K, *batch)` to `(*batch,)`, each element of the batch by itself, in operations that the
-            framework can differentiate.
+            framework can differentiate, and map over (`vmap`) where guides have scored sites.
         weights: The weights of the gradients; None for those of the rule.
         unbiased: Whether the gradients are those of the mean of `value`.
         linear: Whether `value` is linear, so that it does not matter over which plates log-weights are summed before.
