@@ -7,7 +7,7 @@ from flowppl import tree
 from flowppl.backend import get_backend
 from flowppl.bijections import Affine, Chain, Coupling, LULinear
 from flowppl.flows import Flow
-from flowppl.objectives import path_log_prob, programs
+from flowppl.objectives import path_log_prob, programs, score
 from tests.conftest import FRAMEWORKS
 from tests.registry import assert_close, compiled, gradient, on, variables
 
@@ -47,6 +47,38 @@ def test_particles_of_no_weight(backend, name):
     value, weights = ALL[name](on(backend, log_w))
     assert all(np.all(np.isfinite(backend.to_numpy(w))) for w in weights)
     assert not np.any(np.isnan(backend.to_numpy(value)))
+
+
+def test_baselines_leave_one_out(backend):
+    """The mean log-weight of the others stands for a particle's own; what is not finite has no part in it."""
+    log_w = LOG_W.copy()
+    log_w[1, 0] = log_w[1:, 1] = log_w[:, 2] = -np.inf  # one of five, all but one, and all
+    square = lambda log_w: log_w * backend.xp.sum(log_w, axis=0)
+    for credit, each in ((programs.iwae().value, lambda a: np.log(np.exp(a).mean())), (square, lambda a: a * a.sum())):
+        for kept in (LOG_W, log_w, LOG_W[:1]):
+            expected = np.zeros_like(kept)
+            for k, b in np.ndindex(kept.shape):
+                others = np.delete(kept[:, b], k)
+                without = kept[:, b].copy()
+                without[k] = np.append(others[np.isfinite(others)], [] if np.isfinite(others).any() else 0.0).mean()
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    both = (np.broadcast_to(each(a), len(a))[k] for a in (kept[:, b], without))
+                    expected[k, b] = np.nan_to_num(np.subtract(*both), nan=0.0, posinf=0.0, neginf=0.0)
+            found = backend.to_numpy(score.leave_one_out(credit, on(backend, kept)))
+            np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_scores_have_no_weight_where_particles_are_alike(backend, name):
+    alike, free = (on(backend, a) for a in (0 * LOG_W + 0.3, LOG_W))
+    for coefficient in (0.0, 0.4, 1.0):
+        assert (
+            np.abs(backend.to_numpy(programs.cotangents(ALL[name], alike, coefficient, scored=True).score)).max()
+            < 1e-12
+        )
+        assert (
+            np.abs(backend.to_numpy(programs.cotangents(ALL[name], free, coefficient, scored=True).score)).min() > 1e-6
+        )
 
 
 FLOW = Flow(Chain((Coupling(2, Affine(), 1, (4,)), LULinear(2))))

@@ -15,6 +15,7 @@ from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.particles import CONTROL, Particles
 from flowppl.objectives.control import REFRESH, Control
 from flowppl.objectives.programs import Program, Value, cotangents, requested
+from flowppl.objectives.score import check_scores
 
 Array = Any
 PutBack = Callable[[list[Array]], dict[str, Any]]
@@ -26,7 +27,9 @@ class Objective(ELBO):
     The guide's parameters get the doubly reparametrised gradient of whatever the function is, and the model's the plain one, from
     one pass: see `flowppl.objectives.programs.Program`. Flows of flowppl carry their scores along as they draw. Other guides
     score their draws once more with their parameters held still, so any of NumPyro's will do. Weights are computed for each
-    element of the plates that all sites of model and guide share.
+    element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as
+    discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out
+    baselines; several particles have the less noise.
 
     Args:
         program: A name ("elbo", "iwae", "cubo", "vis", "rws", "jensen_shannon", "tail_adaptive"), a `Program` such as
@@ -38,10 +41,12 @@ class Objective(ELBO):
         biased: Accept a `Program` whose gradients are not those of its value.
 
     Raises:
-        ValueError: there is no such program or gradient, or the program is biased and that was not asked for.
-        UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
-            is scaled, or cannot score values; a plate subsamples that does not enclose all sites, and the program is not linear;
-            or nothing keeps the coefficient.
+        ValueError: there is no such program or gradient, or the program is biased and that was not asked for; at a step: a site
+            is marked neither "score" nor "reparam".
+        UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
+            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
+            score values; a plate subsamples that does not enclose all sites, and the program is not linear; or nothing keeps the
+            coefficient.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -55,6 +60,8 @@ class Objective(ELBO):
         >>> svi.run(jax.random.key(0), 10, progress_bar=False).losses.shape
         (10,)
     """
+
+    can_infer_discrete = True  # where the guide draws; `SVI` would warn
 
     def __init__(
         self,
@@ -151,27 +158,29 @@ def _estimate(
     particles: Particles, put_back: PutBack, program: Program, params: list[Array], with_path: bool
 ) -> tuple[Array, Callable[[Array | float], list[Array]]]:
     """The program's value, and its gradient as a function of the coefficient of the plain estimator."""
-    (values, log_q, frozen), pull_draw, plates = jax.vjp(
+    (values, log_q, frozen, scores), pull_draw, fixed = jax.vjp(
         lambda params: particles.draw(put_back(params), with_path), params, has_aux=True
     )
-    log_p, pull_score = jax.vjp(
-        lambda params, values: particles.score(put_back(params), values, plates), params, values
-    )
+    scored = particles.scored_sites()
+    check_scores(scored, program.unbiased)
+    log_p, pull_score = jax.vjp(lambda params, values: particles.score(put_back(params), values, fixed), params, values)
     if with_path:
         particles.check_densities(params, put_back, program.linear)
     total, scale = particles.total(program.linear)
     log_p, pull_log_p = jax.vjp(total, log_p)
     log_q, pull_log_q = jax.vjp(total, log_q)
     _, pull_frozen = jax.vjp(total, frozen)
+    _, pull_scores = jax.vjp(total, scores)
     log_w = lax.stop_gradient(log_p - log_q) / scale
     unit = cotangents(program, log_w, 1.0)
     from_model, from_latents = pull_score(*pull_log_p(unit.model))
 
     def pull_back(coefficient: Array | float) -> list[Array]:
-        c = cotangents(program, log_w, coefficient)
+        c = cotangents(program, log_w, coefficient, scored=bool(scored))
         through = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
         still = pull_frozen(c.frozen)[0] if with_path else frozen
-        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still))
+        signal = scores if c.score is None else pull_scores(scale * c.score)[0]
+        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still, signal))
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 
     return scale * jnp.sum(unit.value), pull_back

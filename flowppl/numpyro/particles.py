@@ -12,10 +12,12 @@ from jax import lax
 from numpyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.distributions import flow_of, gradient_of_draws
+from flowppl.objectives.score import is_scored
 
 Array = Any
 Trace = dict[str, dict[str, Any]]
@@ -47,7 +49,7 @@ class Particles:
         self._drawn: Trace = {}
         self._scored: Trace = {}
 
-    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[tuple[Sites, Sites, Sites], Sites]:
+    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[tuple[Sites, Sites, Sites, Sites], Sites]:
         """Runs the guide.
 
         Args:
@@ -55,41 +57,55 @@ class Particles:
             with_path: Whether to score the draws once more with the parameters frozen.
 
         Returns:
-            Values and log densities of its sites, the latter once more with the parameters frozen, and what plates drew.
+            Values of its reparametrised sites, log densities of all, the latter once more with the parameters frozen, and those
+            of scored sites without the scale of plates; and what scored sites and plates drew.
 
         Raises:
-            UnsupportedModelError: a site has no derivatives of its draws, cannot score a value, or is mutable.
+            ValueError: a site is marked for what there is not.
+            UnsupportedModelError: a site cannot score a value, cannot be what it is marked for, or is mutable.
         """
 
-        def one(key: Array) -> tuple[tuple[Sites, Sites, Sites], Sites]:
+        def one(key: Array) -> tuple[tuple[Sites, Sites, Sites, Sites], Sites]:
             guide = seed(self._guide, key)
-            with gradient_of_draws("path" if with_path else "reparam"):
+            with gradient_of_draws("path" if with_path else "reparam"), _StillScored():
                 drawn = self._drawn = self._trace(guide, params)
             for name, site in drawn.items():
                 if site["type"] == "mutable" and name != CONTROL:
                     raise UnsupportedModelError(
                         f"site {name!r} of the guide is mutable, and particles cannot share its state"
                     )
-            values = {name: site["value"] for name, site in _latents(drawn).items()}
+            moving, still = ({n: s for n, s in _latents(drawn).items() if _is_scored(s) == x} for x in (False, True))
             frozen = {}
             if with_path:
                 again = self._trace(replay(guide, drawn), lax.stop_gradient(params))
                 frozen = {name: _frozen_log_prob(site, drawn[name]) for name, site in _sampled(again).items()}
             log_probs = {name: _log_prob(site) for name, site in _sampled(drawn).items()}
-            return (values, log_probs, frozen), {n: s["value"] for n, s in drawn.items() if s["type"] == "plate"}
+            scores = {name: _log_prob({**site, "scale": None}) for name, site in still.items()}
+            plates = {name: site for name, site in drawn.items() if site["type"] == "plate"}
+            values, fixed = ({name: site["value"] for name, site in of.items()} for of in (moving, {**plates, **still}))
+            return (values, log_probs, frozen, scores), fixed
 
         return jax.vmap(one)(self._keys[0])
 
-    def score(self, params: dict[str, Any], values: Sites, plates: Sites) -> Sites:
-        """Log densities of the model's sites at what the guide drew."""
+    def score(self, params: dict[str, Any], values: Sites, fixed: Sites) -> Sites:
+        """Log densities of the model's sites at what the guide drew.
 
-        def one(key: Array, values: Sites, plates: Sites) -> Sites:
-            known = {name: {**self._drawn[name], "value": value} for name, value in {**values, **plates}.items()}
+        Raises:
+            UnsupportedModelError: a site is left for enumeration.
+        """
+
+        def one(key: Array, values: Sites, fixed: Sites) -> Sites:
+            known = {name: {**self._drawn[name], "value": value} for name, value in {**values, **fixed}.items()}
             self._scored = self._trace(replay(seed(self._model, key), known), params)
             return {name: _log_prob(site) for name, site in _sampled(self._scored).items()}
 
-        found = jax.vmap(one)(self._keys[1], values, plates)
+        found = jax.vmap(one)(self._keys[1], values, fixed)
         check_model_guide_match(self._scored, self._drawn)
+        for name, site in _latents(self._scored).items():
+            if name not in self._drawn and site["infer"].get("enumerate"):
+                raise UnsupportedModelError(
+                    f"site {name!r} of the model is marked for enumeration: use TraceEnum_ELBO, or draw it in the guide"
+                )
         return found
 
     def total(self, linear: bool) -> tuple[Callable[[Sites], Array], float]:
@@ -101,8 +117,13 @@ class Particles:
         Raises:
             UnsupportedModelError: another plate subsamples, and that matters.
         """
-        self._dims, scale = (frozenset(), 1.0) if linear else _shared_plates(self._scored, self._drawn)
+        apart = not linear or self.scored_sites()  # a score has the less noise the fewer log-weights it answers for
+        self._dims, scale = _shared_plates(self._scored, self._drawn, linear) if apart else (frozenset(), 1.0)
         return partial(_total, dims=self._dims), scale
+
+    def scored_sites(self) -> list[str]:
+        """The guide's sites that get their gradients from their scores."""
+        return [name for name, site in _latents(self._drawn).items() if _is_scored(site)]
 
     def beside(self, name: str, value: Array, weight: Array) -> Array:
         """Weights `(K, *batch)` in the axes that the values of a site, `(K, *batch, *event)`, have for them."""
@@ -153,15 +174,27 @@ def _sampled(found: Trace) -> Trace:
 
 
 def _latents(found: Trace) -> Trace:
-    """The guide's latents, if all of them are reparametrised."""
-    latents = {name: site for name, site in _sampled(found).items() if not site["is_observed"]}
-    for name, site in latents.items():
-        if not (site["fn"].has_rsample and jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating)):
-            raise UnsupportedModelError(
-                f"site {name!r} of the guide has the distribution {type(site['fn']).__name__}, which draws without "
-                "derivatives: use NumPyro's TraceGraph_ELBO or TraceEnum_ELBO"
-            )
-    return latents
+    return {name: site for name, site in _sampled(found).items() if not site["is_observed"]}
+
+
+class _StillScored(Messenger):
+    """Takes the derivatives off what scored sites draw; around `trace`, which sees messages after it."""
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"] and _is_scored(msg):
+            msg["value"], msg["intermediates"] = lax.stop_gradient(msg["value"]), []
+
+
+def _is_scored(site: dict[str, Any]) -> bool:
+    """Whether a site of the guide has its score for a gradient, and not the derivatives of its draws.
+
+    Raises:
+        ValueError: it is marked for what there is not.
+        UnsupportedModelError: it cannot be what it is marked for.
+    """
+    moves = site["fn"].has_rsample and jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating)
+    point = isinstance(_innermost(site["fn"]), Delta)
+    return is_scored(site["name"], site["infer"].get("grad"), type(site["fn"]).__name__, moves=moves, point=point)
 
 
 def _innermost(fn: Any) -> Any:
@@ -188,7 +221,7 @@ def _frozen_log_prob(site: dict[str, Any], drawn: dict[str, Any]) -> Array:
         ) from error
 
 
-def _shared_plates(model: Trace, guide: Trace) -> tuple[frozenset[int], float]:
+def _shared_plates(model: Trace, guide: Trace, linear: bool = False) -> tuple[frozenset[int], float]:
     """The dimensions of the plates that all sites share, and what their subsampling multiplies log densities by."""
     stacks = [set(site["cond_indep_stack"]) for found in (model, guide) for site in _sampled(found).values()]
     shared, scale = set.intersection(*stacks), 1.0
@@ -196,7 +229,7 @@ def _shared_plates(model: Trace, guide: Trace) -> tuple[frozenset[int], float]:
         share = {**guide, **model}[frame.name]["args"][0] / frame.size
         if frame in shared:
             scale *= share
-        elif share != 1:
+        elif share != 1 and not linear:
             raise UnsupportedModelError(
                 f"plate {frame.name!r} subsamples and does not enclose every sample site of the model and the guide, so that "
                 'its log-weights cannot be scaled up: use the objective "elbo", or all of the data'

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flowppl.backend import Array, backend_of
 from flowppl.objectives.path import check_gradient
+from flowppl.objectives.score import leave_one_out
 from flowppl.weights import log_mean_exp, normalize
 
 LogWeights = Array  # log p - log q of independent particles, (K, *batch)
@@ -35,7 +36,7 @@ class Program:
 
     Attributes:
         value: phi, from log-weights `(K, *batch)` to `(*batch,)`, each element of the batch by itself, in operations that the
-            framework can differentiate.
+            framework can differentiate, and map over (`vmap`) where guides have scored sites.
         weights: The weights of the gradients; None for those of the rule.
         unbiased: Whether the gradients are those of the mean of `value`.
         linear: Whether `value` is linear, so that it does not matter over which plates log-weights are summed before.
@@ -56,17 +57,17 @@ def derived(value: Value, log_w: LogWeights) -> Weights:
     """The weights of the gradients of E[phi], by differentiating phi twice; see `Program`."""
     backend, k = backend_of(log_w), log_w.shape[0]
     xp = backend.xp
-
-    def gradient(log_w: LogWeights) -> Array:
-        out, pull = backend.vjp(value, log_w)
-        return pull(xp.ones_like(out))[0]
-
-    first, pull = backend.vjp(gradient, log_w)
+    first, pull = backend.vjp(lambda log_w: _slope(value, log_w), log_w)
     one_hot = backend.asarray(xp.eye(k, dtype=log_w.dtype), log_w)
     rows = xp.broadcast_to(xp.reshape(one_hot, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
     # Elements of the batch do not mix, so that one pullback yields the row of each of them.
     second = xp.sum(rows * backend.vmap(lambda row: pull(row)[0])(rows), axis=1)
     return backend.stop(Weights(first, first - second))
+
+
+def _slope(value: Value, log_w: LogWeights) -> Array:
+    out, pull = backend_of(log_w).vjp(value, log_w)
+    return pull(backend_of(log_w).xp.ones_like(out))[0]
 
 
 def elbo() -> Program:
@@ -286,13 +287,36 @@ class Cotangents(NamedTuple):
     latents: Array  # of log p, to the latents
     frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
     plain: Array  # of log q as a function of the guide's parameters altogether
+    score: Array | None = None  # of log q of scored sites, as a function of the guide's parameters altogether
 
 
-def cotangents(program: Program, log_w: LogWeights, coefficient: Any) -> Cotangents:
-    """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them."""
+def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False) -> Cotangents:
+    """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them.
+
+    Let a guide have scored sites beside reparametrised ones, and log q_d be the log density of the former alone. The plain gradient
+    is that of phi with scored draws held still, plus phi times the gradient of log q_d, which reaches parameters directly and
+    through the reparametrised draws that it depends on. For any h of a particle, E[h d log q] = E[dh + h d log q_d], where dh is
+    the path gradient: with h = phi_k this turns what the plain gradient has of log q into -phi_kk path gradients and
+    -phi_k d log q_d. So the path gradient has the weights that it has without scored sites, and phi - phi_k in phi's place.
+    All of it is less baselines, and vanishes where all log-weights are alike.
+
+    Args:
+        program: The program.
+        log_w: Log-weights.
+        coefficient: Of the mixture.
+        scored: Whether there are scored sites.
+    """
     value, (model, guide) = program(log_w)
     xp = backend_of(log_w).xp
     path = (1 - coefficient) * guide
     floor = _TINY * xp.max(xp.maximum(xp.abs(model), xp.abs(guide))) + _TINIEST
     above_zero = xp.where(xp.abs(model) < floor, floor, model)
-    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model)
+    score = _scores(program, log_w, coefficient) if scored else None
+    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model, score)
+
+
+def _scores(program: Program, log_w: LogWeights, coefficient: Any) -> Array:
+    def slope(log_w: LogWeights) -> Array:
+        return _slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
+
+    return leave_one_out(program.value, log_w) - (1 - coefficient) * leave_one_out(slope, log_w)

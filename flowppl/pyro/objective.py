@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowppl.objectives.control import REFRESH, Control, no_control
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
+from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
 from flowppl.pyro.particles import Plates
 
@@ -25,16 +26,19 @@ class _Particles(NamedTuple):
     log_p: Tensor
     log_q: Tensor
     frozen: Tensor | None  # log q as a function of the latents alone, where it is needed
+    scores: Tensor | None  # log q of scored sites, without the scale of plates, where there are any
     plates: Plates
     ratio: list[Tensor]  # what the gradient of log p in the latents is multiplied by
 
     def pull(self, weights: Cotangents, *, plain: bool) -> Tensor:
         """A scalar of no meaning, whose gradient is that of the objective; `ratio` is set for it."""
         if self.frozen is None:
-            return (weights.model * (self.log_p - self.log_q)).sum()
-        self.ratio[:] = [weights.latents / weights.model]
-        total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
-        return total + (weights.plain * self.log_q).sum() if plain else total
+            total = (weights.model * (self.log_p - self.log_q)).sum()
+        else:
+            self.ratio[:] = [weights.latents / weights.model]
+            total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
+            total = total + (weights.plain * self.log_q).sum() if plain else total
+        return total if self.scores is None else total + self.plates.scale * (weights.score * self.scores).sum()
 
 
 class Objective(ELBO):
@@ -43,7 +47,9 @@ class Objective(ELBO):
     With path gradients the guide's parameters get, of whatever objective, the doubly reparametrised gradient, see
     `flowppl.objectives.programs.Program`: unbiased, and without variance where the guide is the posterior. The model's parameters
     get the plain one. This holds for guides of any distributions that have derivatives of their draws and can score values, Pyro's
-    own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter.
+    own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter. Sites that draw without
+    derivatives, such as discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with
+    leave-one-out baselines; several particles have the less noise.
 
     Particles are always vectorised. Log-weights are kept apart for the elements of plates that enclose every sample site of model
     and guide, and summed over others. A guide runs twice in a step, so that beside its sample sites nothing in it may be random.
@@ -59,9 +65,11 @@ class Objective(ELBO):
         max_plate_nesting: See Pyro; found by a run of model and guide if it is infinite.
 
     Raises:
-        ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient.
-        UnsupportedModelError: at a step: a site of the guide draws without derivatives, is moved by parameters without a density,
-            is scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
+        ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient; at a step: a site is
+            marked neither "score" nor "reparam".
+        UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
+            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
+            score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -148,7 +156,7 @@ class Objective(ELBO):
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
         log_w = (run.log_p - run.log_q).detach() / run.plates.scale
-        weights = cotangents(self.program, log_w, coefficient)
+        weights = cotangents(self.program, log_w, coefficient, scored=run.scores is not None)
         return weights.value.sum() * run.plates.scale, weights
 
     def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -183,7 +191,11 @@ class Objective(ELBO):
             for trace in (model_trace, drawn):
                 for site in particles.sample_sites(trace).values():
                     check_site_shape(site, self.max_plate_nesting)
-        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, self.program.linear)
+        scored = particles.scored_sites(drawn)
+        check_scores([*scored], self.program.unbiased)
+        linear = self.program.linear
+        # A score has the less noise the fewer log-weights it answers for.
+        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, linear, bool(scored))
         log_p, log_q = (
             plates.total(site["log_prob"] for site in particles.sample_sites(trace).values())
             for trace in (model_trace, drawn)
@@ -191,12 +203,13 @@ class Objective(ELBO):
         frozen = None
         if path:
             if self._known[0] is not guide:
-                scale = None if self.program.linear else plates.scale
+                scale = None if linear else plates.scale
                 particles.check_densities(run_guide, args, kwargs, drawn, scale)
                 self._known = guide, particles.unregistered(drawn)
             leaves = particles.registered(drawn) + self._known[1]
             frozen = plates.total(particles.frozen_log_q(run_guide, args, kwargs, drawn, leaves))
-        return _Particles(log_p, log_q, frozen, plates, ratio)
+        scores = plates.total(map(particles.unscaled, scored.values())) if scored else None
+        return _Particles(log_p, log_q, frozen, scores, plates, ratio)
 
 
 def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:

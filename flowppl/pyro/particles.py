@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -13,10 +13,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
+from flowppl.objectives.score import is_scored
 from flowppl.pyro.distributions import with_scores
 
 
@@ -59,24 +61,62 @@ def latents(trace: Trace) -> dict[str, Any]:
     return {k: site for k, site in sample_sites(trace).items() if not site["is_observed"]}
 
 
-def common_plates(traces: Iterable[Trace], num_particles_dim: int, linear: bool) -> Plates:
+def scored_sites(trace: Trace) -> dict[str, Any]:
+    """The sites of a guide that get their gradients from their scores, and not from the derivatives of their draws.
+
+    Raises:
+        ValueError: one is marked for what there is not.
+        UnsupportedModelError: one cannot be what it is marked for.
+    """
+    return {k: site for k, site in latents(trace).items() if _is_scored(site)}
+
+
+def _is_scored(site: Any) -> bool:
+    fn, marked = site["fn"], site["infer"].get("grad")
+    return is_scored(site["name"], marked, type(fn).__name__, moves=fn.has_rsample, point=_point(fn) is not None)
+
+
+def _point(fn: Any) -> dist.Delta | None:
+    """The `Delta` that a distribution is made from."""
+    while not isinstance(fn, dist.Delta):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return fn
+
+
+class _StillScored(Messenger):
+    """Takes the derivatives off what scored sites draw; around `trace`, which sees messages after it."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg) and _is_scored(msg):
+            msg["value"] = msg["value"].detach()
+
+
+def unscaled(site: Any) -> Tensor:
+    """The log density of a site without the scale of plates, masked."""
+    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+
+
+def common_plates(traces: Iterable[Trace], num_particles_dim: int, linear: bool, apart: bool) -> Plates:
     """The plates, beside that of the particles, that enclose every sample site.
 
     Args:
         traces: Of the model and of the guide.
         num_particles_dim: The dimension of the particles, negative.
         linear: Whether the objective is linear in the log-weights, where it does not matter which are summed before.
+        apart: Whether they are to be kept apart all the same.
 
     Raises:
         UnsupportedModelError: another plate subsamples, and the objective is not linear.
     """
     sites = [site for t in traces for site in sample_sites(t).values() if not site["infer"].get("_deterministic")]
-    if linear or not sites:
+    if (linear and not apart) or not sites:
         return Plates(frozenset(), 1.0)
     stacks = [{f for f in site["cond_indep_stack"] if f.dim != num_particles_dim} for site in sites]
     common = {f for f in set.intersection(*stacks) if f.vectorized}
     for frame in set.union(*stacks) - common:
-        if _share(frame) != 1:
+        if _share(frame) != 1 and not linear:
             raise UnsupportedModelError(
                 f"plate {frame.name!r} subsamples and does not enclose every sample site of the model and the guide, so that "
                 'its log-weights cannot be scaled up: use the objective "elbo", or all of the data'
@@ -100,22 +140,13 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
     """Runs a guide.
 
     Raises:
-        UnsupportedModelError: a site has no derivative of its draws.
+        ValueError: a site is marked for what there is not.
+        UnsupportedModelError: the guide is a messenger, or a site cannot be what it is marked for.
     """
     if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
         raise UnsupportedModelError("a guide that is a messenger cannot be run without its model: use a plain guide")
-    if scores:
-        with with_scores():
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    else:
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    for name, site in latents(trace).items():
-        if not site["fn"].has_rsample:
-            raise UnsupportedModelError(
-                f"site {name!r} of the guide has the distribution {type(site['fn']).__name__}, which draws without "
-                "derivatives: use Pyro's TraceGraph_ELBO or TraceEnum_ELBO"
-            )
-    return trace
+    with with_scores() if scores else nullcontext(), _StillScored():
+        return poutine.trace(guide).get_trace(*args, **kwargs)
 
 
 def leaves_of(*outputs: Tensor) -> list[Tensor]:
@@ -214,10 +245,8 @@ def check_densities(guide: Callable, args: tuple, kwargs: dict[str, Any], trace:
     values = replayed(trace, lambda _, value: value.detach())
     again = poutine.trace(poutine.replay(guide, trace=values)).get_trace(*args, **kwargs)
     for name, site in latents(again).items():
-        fn = site["fn"]
-        while not isinstance(fn, dist.Delta) and hasattr(fn, "base_dist"):
-            fn = fn.base_dist
-        if isinstance(fn, dist.Delta) and (fn.log_density.requires_grad or (fn.v.requires_grad and scale is not None)):
+        point = _point(site["fn"])
+        if point is not None and (point.log_density.requires_grad or (point.v.requires_grad and scale is not None)):
             raise UnsupportedModelError(
                 f"site {name!r} of the guide is a Delta that the guide's parameters move, for which there is no path gradient "
                 'of this objective: use gradient="reparam"'

@@ -1,5 +1,6 @@
 """Objectives of NumPyro's SVI: right in the mean against quadrature, of no variance at the posterior, for any guide."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -193,6 +194,140 @@ def test_mean_of_the_guides_of_numpyro(of, scramble):
     assert_mean_zero(np.asarray(path - plain))
 
 
+# Sites that draw without derivatives
+
+
+def mixed_model(n):
+    with numpyro.plate("replicas", n):
+        d = numpyro.sample("d", dist.Bernoulli(0.4))
+        x = numpyro.sample("x", dist.StudentT(5.0, 0.3 + d, 1.0))
+        e = numpyro.sample("e", dist.Bernoulli(logits=x - 0.2))
+        numpyro.sample("y", dist.Normal(x - d + 1.5 * e, 0.8), obs=jnp.full(n, 1.2))
+
+
+def mixed_guide(n):
+    """A scored site before a reparametrised one, and one after it."""
+    a, b, m, c, s, w = (numpyro.param(name, value) for name, value in MIXED.items())
+    with numpyro.plate("replicas", n):
+        d = numpyro.sample("d", dist.Bernoulli(logits=a))
+        x = numpyro.sample("x", dist.Normal(m + c * d, s))
+        numpyro.sample("e", dist.Bernoulli(logits=b + w * x))
+
+
+MIXED = dict(zip("abmcsw", map(jnp.array, (0.3, -0.2, 0.4, 0.7, 0.9, 0.8)), strict=True))
+
+
+def mixed_by_quadrature(program, params, k=2):
+    """The exact gradient of minus the objective of one or two particles: by quadrature over normals, enumeration over bits."""
+    z = jnp.linspace(-8, 8, 81)
+    d, z, e = (a.ravel() for a in jnp.meshgrid(jnp.arange(2), z, jnp.arange(2), indexing="ij"))
+    width = 0.2 * jnp.exp(dist.Normal(0.0, 1.0).log_prob(z))
+
+    def loss(p):
+        x = p["m"] + p["c"] * d + p["s"] * z
+        bits = [dist.Bernoulli(logits=p["a"]).log_prob(d), dist.Bernoulli(logits=p["b"] + p["w"] * x).log_prob(e)]
+        log_q = sum(bits) + dist.Normal(p["m"] + p["c"] * d, p["s"]).log_prob(x)
+        log_p = dist.Bernoulli(0.4).log_prob(d) + dist.StudentT(5.0, 0.3 + d, 1.0).log_prob(x)
+        log_p = log_p + dist.Bernoulli(logits=x - 0.2).log_prob(e) + dist.Normal(x - d + 1.5 * e, 0.8).log_prob(1.2)
+        weight, log_w = width * jnp.exp(sum(bits)), log_p - log_q
+        if k == 1:
+            return -jnp.sum(program.value(log_w[None]) * weight)
+        pairs = jnp.stack([jnp.broadcast_to(a, (len(z), len(z))) for a in (log_w[:, None], log_w)])
+        return -jnp.sum(program.value(pairs) * weight * weight[:, None])
+
+    return jax.grad(loss)(params)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradient_of_scored_sites_is_that_of_quadrature(k):
+    n, names = 400, (*PROGRAMS,) if k > 1 else ("user",)
+    draws = for_every_program(lambda p, key: pair(p, mixed_model, mixed_guide, MIXED, key, n, k=k), 40, names=names)
+    exact = for_every_program(lambda p, key: mixed_by_quadrature(p, MIXED, k), 1, names=names)
+    np.testing.assert_allclose(draws[0][0], draws[1][0], rtol=1e-12)
+    for program in range(len(names)):
+        for _, kind in draws:
+            found, expected = (np.stack([g[name][program] for name in MIXED], -1) for g in (kind, exact))
+            assert_mean_zero(found / n - expected, k=6)
+
+
+def test_continuous_sites_that_are_marked():
+    """What a transform drew on the way has no part in the score."""
+
+    def guide(n):
+        loc, scale = numpyro.param("loc", jnp.array(0.4)), numpyro.param("scale", jnp.array(0.9))
+        q = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(loc, scale))
+        with numpyro.plate("replicas", n):
+            numpyro.sample("x", q, infer={"grad": "score"})
+
+    n, params, names = 400, {"loc": jnp.array(0.4), "scale": jnp.array(0.9)}, ("elbo", "iwae", "user")
+    draws = for_every_program(lambda p, key: pair(p, replicas_model, guide, params, key, n, k=2), 40, names=names)
+    exact = for_every_program(lambda p, key: by_quadrature(p, params), 1, names=names)
+    for program in range(len(names)):
+        for _, kind in draws:
+            found, expected = (np.stack([g["loc"][program], g["scale"][program]], -1) for g in (kind, exact))
+            assert_mean_zero(found / n - expected)
+
+
+def test_baselines_lower_the_variance(monkeypatch):
+    draw = lambda p, key: flat(gradient(Objective(p, 4), mixed_model, mixed_guide, MIXED, key, 1))
+    found = for_every_program(draw, 300, names=("elbo", "iwae"))
+    monkeypatch.setattr(programs, "leave_one_out", lambda credit, log_w: credit(log_w))
+    without = for_every_program(draw, 300, names=("elbo", "iwae"))
+    assert np.all(found.var(1).sum(-1) < 0.7 * without.var(1).sum(-1))
+
+
+def clusters_model(size):
+    x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", size):
+        d = numpyro.sample("d", dist.Bernoulli(logits=x))
+        numpyro.sample("y", dist.Normal(jnp.stack([x + d, x - d], -1), 0.8).to_event(1), obs=jnp.ones((size, 2)))
+
+
+def clusters_guide(size):
+    x = numpyro.sample("x", dist.Normal(numpyro.param("m", jnp.array(0.2)), numpyro.param("s", jnp.array(0.8))))
+    with numpyro.plate("rows", size):
+        numpyro.sample("d", dist.Bernoulli(logits=numpyro.param("w", jnp.array(0.5)) * x))
+
+
+def test_mean_of_scored_sites_in_a_plate_beside_others():
+    params = {"m": jnp.array(0.2), "s": jnp.array(0.8), "w": jnp.array(0.5)}
+    draw = lambda key: [
+        flat(g) for p in ("elbo", "iwae") for _, g in pair(p, clusters_model, clusters_guide, params, key, 3)
+    ]
+    found = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 4000))
+    for path, plain in (found[:2], found[2:]):
+        assert np.abs(path - plain).max() > 1e-3
+        assert_mean_zero(np.asarray(path - plain))
+
+
+def test_scored_sites_in_subsampled_plates():
+    """Of the ELBO too they answer for their own elements alone, and are scaled up."""
+
+    def model(size):
+        with numpyro.plate("rows", size, subsample_size=2):
+            d = numpyro.sample("d", dist.Bernoulli(0.5))
+            numpyro.sample("y", dist.Normal(d, 0.5), obs=jnp.array([1.0, 2.0]))
+
+    def guide(size):
+        with numpyro.plate("rows", size, subsample_size=2):
+            numpyro.sample("d", dist.Bernoulli(logits=numpyro.param("m", jnp.array(0.2))))
+
+    def estimate(program, kind, size):
+        loss = Objective(program, 4, gradient=kind)
+        of = lambda m: loss.loss(jax.random.key(1), {"m": m}, model, guide, size)
+        return jnp.stack(jax.value_and_grad(of)(jnp.array(0.2)))
+
+    apart = programs.Program(programs.elbo().value)
+    kinds = ("path", "reparam")
+    each = jax.jit(
+        lambda: [[[estimate(p, kind, n) for n in (2, 6)] for p in ("iwae", "elbo", apart)] for kind in kinds]
+    )
+    for iwae, elbo, same in each():
+        for one, three in (iwae, elbo):
+            np.testing.assert_allclose(three, 3 * one, rtol=1e-10)
+        np.testing.assert_allclose(elbo, same, rtol=1e-10)
+
+
 # No variance at the posterior
 
 
@@ -280,6 +415,11 @@ def levels_guide():
 def test_no_variance_at_the_posterior_of_two_levels():
     """Freezing also the parent's value, as stopping each distribution does, would leave the parent's parameters some."""
     assert_no_variance(levels_model, levels_guide, LEVELS, ("elbo", "iwae", "cubo"))
+
+
+def test_no_variance_at_a_planted_guide_with_scored_sites():
+    guide = partial(mixed_guide, 2)
+    assert_no_variance(planted(guide, MIXED), guide, MIXED, ("elbo", "iwae"))
 
 
 # Values, models, plates
@@ -379,15 +519,23 @@ def test_other_subsampled_plates():
 # The mixture
 
 
-def test_auto_is_the_mixture_that_it_says():
+@pytest.mark.parametrize(
+    ("model", "guide", "params"),
+    [
+        (levels_model, levels_guide, {name: jnp.array(1.2 * value) for name, value in LEVELS.items()}),
+        (lambda: mixed_model(2), lambda: mixed_guide(2), MIXED),
+    ],
+    ids=["levels", "scored"],
+)
+def test_auto_is_the_mixture_that_it_says(model, guide, params):
     """At whatever coefficient the state holds; every tenth step this is learnt from both gradients."""
-    params, key, c = {name: jnp.array(1.2 * value) for name, value in LEVELS.items()}, jax.random.key(1), 0.3
+    key, c = jax.random.key(1), 0.3
 
     def loss(params, kind, step):
         control = {"cross": jnp.array(-c), "square": jnp.array(1.0), "step": step}
         loss = Objective("iwae", 3, gradient=kind)
         params = {**params, objective.CONTROL: control}
-        out = loss.loss_with_mutable_state(key, params, levels_model, levels_guide)
+        out = loss.loss_with_mutable_state(key, params, model, guide)
         return out["loss"], out["mutable_state"]
 
     of = jax.value_and_grad(loss, has_aux=True)
@@ -434,6 +582,29 @@ def test_training_reaches_the_evidence():
     assert 0 <= coefficient(result.state) <= 1
 
 
+def test_training_of_discrete_latents_reaches_the_posterior():
+    """Without a warning of `SVI`; a mixture's component and its mean, given the component."""
+
+    def model():
+        d = numpyro.sample("d", dist.Bernoulli(0.3))
+        x = numpyro.sample("x", dist.Normal(2.0 * d, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=1.5)
+
+    def guide():
+        d = numpyro.sample("d", dist.Bernoulli(logits=numpyro.param("logit", jnp.array(-1.0))))
+        loc, log_scale = numpyro.param("loc", jnp.zeros(2)), numpyro.param("log_scale", jnp.zeros(2))
+        numpyro.sample("x", dist.Normal(loc[d], jnp.exp(log_scale)[d]))
+
+    svi = SVI(model, guide, numpyro.optim.Adam(lambda step: 0.1 * 0.99**step), Objective("iwae", 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = svi.run(jax.random.key(0), 700, progress_bar=False)
+    each = dist.Normal(jnp.array([0.0, 2.0]), 2**0.5).log_prob(1.5) + jnp.log(jnp.array([0.7, 0.3]))
+    np.testing.assert_allclose(result.losses[-10:], -jax.nn.logsumexp(each), atol=0.01)
+    np.testing.assert_allclose(result.params["logit"], each[1] - each[0], atol=0.05)
+    np.testing.assert_allclose(result.params["loc"], [0.75, 1.75], atol=0.05)
+
+
 def test_path_elbo_is_an_objective():
     loss = PathELBO(7)
     assert isinstance(loss, Objective)
@@ -473,9 +644,17 @@ def test_guides_that_cannot_be_used():
     guide = lambda: numpyro.sample("x", dist.TransformedDistribution(dist.Normal(jnp.zeros(2), 1.0).to_event(1), bnaf))
     refused(Objective(), model, guide, r"site 'x'.*gradient=\"reparam\"")
     shapes(Objective(gradient="reparam"), model, guide)
-    for kind in ("path", "reparam"):
-        model = lambda: numpyro.sample("n", dist.Poisson(1.0))
-        refused(Objective(gradient=kind), model, model, r"site 'n'.*Poisson")
+    for marked, of in (({"grad": "reparam"}, dist.Poisson(1.0)), ({"grad": "score"}, dist.Delta(1.0))):
+        guide = lambda marked=marked, of=of: numpyro.sample("n", of, infer=marked)
+        refused(Objective(), guide, guide, "site 'n'.*" + type(of).__name__)
+    guide = lambda: numpyro.sample("n", dist.Poisson(1.0))
+    refused(Objective("rws"), guide, guide, "site 'n' .* score")
+    for kind, match in (("enum", "TraceEnum_ELBO"), ("scroe", "'n' has .*scroe")):
+        guide = lambda kind=kind: numpyro.sample("n", dist.Poisson(1.0), infer={"grad": kind})
+        with pytest.raises(ValueError, match=match):
+            shapes(Objective(), guide, guide)
+    summed = lambda: numpyro.sample("n", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    refused(Objective(), summed, lambda: None, "'n' of the model is marked for enumeration", {})
     refused(Objective(gradient="auto"), small_model, AutoNormal(small_model), "this guide does not keep", {})
 
 

@@ -167,6 +167,158 @@ def test_mean_of_flat_guides(of, scramble):
     assert_mean_zero(torch.stack([path - plain for path, plain in pairs]))
 
 
+# Sites that draw without derivatives
+
+
+def mixed_model(n):
+    with pyro.plate("replicas", n):
+        d = pyro.sample("d", dist.Bernoulli(0.4))
+        x = pyro.sample("x", dist.StudentT(5.0, 0.3 + d, 1.0))
+        e = pyro.sample("e", dist.Bernoulli(logits=x - 0.2))
+        pyro.sample("y", dist.Normal(x - d + 1.5 * e, 0.8), obs=torch.tensor(1.2).expand(n))
+
+
+MIXED = dict(zip("abmcsw", (0.3, -0.2, 0.4, 0.7, 0.9, 0.8), strict=True))
+
+
+def mixed_guide(n):
+    """A scored site before a reparametrised one, and one after it."""
+    a, b, m, c, s, w = (pyro.param(name, torch.tensor(value)) for name, value in MIXED.items())
+    with pyro.plate("replicas", n):
+        d = pyro.sample("d", dist.Bernoulli(logits=a))
+        x = pyro.sample("x", dist.Normal(m + c * d, s))
+        pyro.sample("e", dist.Bernoulli(logits=b + w * x))
+
+
+def mixed_by_quadrature(program, k=2):
+    """The exact gradient of minus the objective of one or two particles: by quadrature over normals, enumeration over bits."""
+    theta = {name: torch.tensor(value, requires_grad=True) for name, value in sorted(MIXED.items())}
+    a, b, c, m, s, w = theta.values()
+    bit = torch.arange(2.0)
+    d, z, e = (t.reshape(-1) for t in torch.meshgrid(bit, torch.linspace(-8, 8, 81), bit, indexing="ij"))
+    x = m + c * d + s * z
+    bits = dist.Bernoulli(logits=a).log_prob(d) + dist.Bernoulli(logits=b + w * x).log_prob(e)
+    log_p = dist.Bernoulli(0.4).log_prob(d) + dist.StudentT(5.0, 0.3 + d, 1.0).log_prob(x)
+    log_p = log_p + dist.Bernoulli(logits=x - 0.2).log_prob(e)
+    log_p = log_p + dist.Normal(x - d + 1.5 * e, 0.8).log_prob(torch.tensor(1.2))
+    log_w = log_p - bits - dist.Normal(m + c * d, s).log_prob(x)
+    weight = 0.2 * (dist.Normal(0.0, 1.0).log_prob(z) + bits).exp()
+    if k == 1:
+        value = (programs.get(program).value(log_w[None]) * weight).sum()
+    else:
+        pairs = torch.stack([log_w[:, None].expand(len(z), len(z)), log_w.expand(len(z), len(z))])
+        value = (programs.get(program).value(pairs) * weight * weight[:, None]).sum()
+    return torch.stack(torch.autograd.grad(-value, list(theta.values())))
+
+
+@pytest.mark.parametrize(("program", "k"), [*((p, 2) for p in PROGRAMS.values()), (smooth, 1)], ids=str)
+def test_gradient_of_scored_sites_is_that_of_quadrature(program, k):
+    n = 500
+    mixed_guide(n)
+    losses = [Objective(program, k, gradient=kind, max_plate_nesting=1) for kind in ("path", "reparam")]
+    exact = mixed_by_quadrature(program, k)
+    for loss in losses:
+        draws = [flat(gradient(loss, mixed_model, mixed_guide, seed, n)) / n for seed in range(40)]
+        assert_mean_zero(torch.stack(draws) - exact, k=6)
+
+
+@pytest.mark.parametrize("program", ["iwae", smooth])
+@pytest.mark.parametrize("kind", ["path", "reparam"])
+def test_continuous_sites_that_are_marked(kind, program):
+    """What a transform drew, and remembers, has no part in the score."""
+
+    def guide(n):
+        loc, scale = pyro.param("loc", torch.tensor(0.4)), pyro.param("scale", torch.tensor(0.9), constraints.positive)
+        q = dist.TransformedDistribution(dist.Normal(0.0, 1.0), AffineTransform(loc, scale, cache_size=1))
+        with pyro.plate("replicas", n):
+            pyro.sample("x", q, infer={"grad": "score"})
+
+    n, loss = 500, Objective(program, 2, gradient=kind)
+    guide(n)
+    draws = torch.stack([flat(gradient(loss, replicas_model, guide, seed, n)) / n for seed in range(40)])
+    assert_mean_zero(draws - by_quadrature(program))
+
+
+def test_flows_can_be_marked(scramble):
+    """A score needs the density of a value, and not what the flow drew on the way."""
+
+    def guide(n, marked="score"):
+        with pyro.plate("replicas", n):
+            x = pyro.sample("a", flow_module("qa", SMALL, dim=2), infer={"grad": marked})
+            pyro.sample("b", flow_module("qb", CONDITIONAL, x, dim=2))
+
+    n = 40
+    guide(1), hierarchy_model(1)
+    scramble([p for _, p in sorted(pyro.get_param_store().named_parameters())], 0.2)
+    moving = lambda n: guide(n, "reparam")
+    for kind in ("path", "reparam"):
+        loss = [Objective("iwae", 3, gradient=kind) for _ in range(2)]
+        pairs = [
+            [gradient(o, hierarchy_model, g, s, n) for o, g in zip(loss, (guide, moving), strict=True)]
+            for s in range(40)
+        ]
+        differences = torch.stack([flat(a) - flat(b) for a, b in pairs]) / n
+        assert differences.abs().max() > 1e-3
+        assert_mean_zero(differences)
+
+
+@pytest.mark.parametrize("program", ["elbo", "iwae"])
+def test_baselines_lower_the_variance(program, monkeypatch):
+    mixed_guide(1)
+    loss = Objective(program, 4, max_plate_nesting=1)
+    draw = lambda: torch.stack([flat(gradient(loss, mixed_model, mixed_guide, seed, 1)) for seed in range(150)])
+    found = draw()
+    monkeypatch.setattr(programs, "leave_one_out", lambda credit, log_w: credit(log_w))
+    assert found.var(0).sum() < 0.7 * draw().var(0).sum()
+
+
+def clusters_model(n):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", n):
+        d = pyro.sample("d", dist.Bernoulli(logits=x))
+        y = dist.Normal(torch.stack([x + d, x - d], -1), 0.8).to_event(1)
+        pyro.sample("y", y, obs=torch.ones(n, 2))
+
+
+def clusters_guide(n):
+    x = pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.2)), pyro.param("s", torch.tensor(0.8))))
+    with pyro.plate("rows", n):
+        pyro.sample("d", dist.Bernoulli(logits=pyro.param("w", torch.tensor(0.5)) * x))
+
+
+@pytest.mark.parametrize("program", ["elbo", "iwae"])
+def test_mean_of_scored_sites_in_a_plate_beside_others(program):
+    clusters_guide(3)
+    losses = [Objective(program, 3, gradient=kind, max_plate_nesting=1) for kind in ("path", "reparam")]
+    pairs = [[flat(gradient(loss, clusters_model, clusters_guide, seed, 3)) for loss in losses] for seed in range(200)]
+    differences = torch.stack([path - plain for path, plain in pairs])
+    assert differences.abs().max() > 1e-3
+    assert_mean_zero(differences)
+
+
+def test_scored_sites_in_subsampled_plates():
+    """Of the ELBO too they answer for their own elements alone, and are scaled up."""
+
+    def model(size):
+        with pyro.plate("rows", size, subsample=torch.arange(2)):
+            pyro.sample("y", dist.Normal(pyro.sample("d", dist.Bernoulli(0.5)), 0.5), obs=torch.tensor([1.0, 2.0]))
+
+    def guide(size):
+        with pyro.plate("rows", size, subsample=torch.arange(2)):
+            pyro.sample("d", dist.Bernoulli(logits=pyro.param("m", torch.tensor(0.2))))
+
+    guide(2)
+    apart = programs.Program(programs.elbo().value)
+    for kind in ("path", "reparam", "auto"):
+        each = [
+            [flat(gradient(Objective(p, 4, gradient=kind), model, guide, 1, size)) for size in (2, 6)]
+            for p in ("iwae", "elbo", apart)
+        ]
+        for one, three in each:
+            assert torch.allclose(three, 3 * one, rtol=1e-10)
+        assert torch.allclose(each[1][0], each[2][0], rtol=1e-10)
+
+
 # No variance at the posterior
 
 
@@ -257,6 +409,20 @@ def test_no_variance_at_the_posterior_of_two_levels(program):
     """Freezing also the parent's value, as detaching each distribution does, would leave the parent's parameters some."""
     levels_guide()
     assert flat(gradient(Objective(program, 3), levels_model, levels_guide, 1)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("program", ["elbo", "iwae", smooth], ids=str)
+def test_no_variance_at_a_planted_guide_with_scored_sites(program):
+    mixed_guide(2)
+
+    def planted():
+        a, b, m, c, s, w = (torch.tensor(value) for value in MIXED.values())
+        with pyro.plate("replicas", 2):
+            d = pyro.sample("d", dist.Bernoulli(logits=a))
+            x = pyro.sample("x", dist.Normal(m + c * d, s))
+            pyro.sample("e", dist.Bernoulli(logits=b + w * x))
+
+    assert flat(gradient(Objective(program, 3), planted, lambda: mixed_guide(2), 1)).abs().max() < 1e-10
 
 
 def test_parameters_unknown_to_pyro_are_frozen_too():
@@ -386,18 +552,23 @@ def test_other_subsampled_plates():
 
 
 @pytest.mark.parametrize("program", ["elbo", "iwae"])
-def test_auto_is_the_mixture_that_it_says(program):
-    guide = AutoNormal(conjugate_model, init_loc_fn=init_to_value(values=POSTERIOR), init_scale=0.4)
+@pytest.mark.parametrize("scored", [False, True])
+def test_auto_is_the_mixture_that_it_says(program, scored):
+    model = conjugate_model
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values=POSTERIOR), init_scale=0.4)
+    if scored:
+        model, guide = (lambda f=f: f(2) for f in (mixed_model, mixed_guide))
     guide()
-    auto, *pure = (Objective(program, 3, gradient=g, max_plate_nesting=0) for g in ("auto", "path", "reparam"))
+    auto, *pure = (Objective(program, 3, gradient=g, max_plate_nesting=1) for g in ("auto", "path", "reparam"))
     seen = []
     for seed in range(23):
         c = auto.coefficient
-        mixed, path, plain = (flat(gradient(loss, conjugate_model, guide, seed)) for loss in (auto, *pure))
+        mixed, path, plain = (flat(gradient(loss, model, guide, seed)) for loss in (auto, *pure))
         assert torch.allclose(mixed, (1 - c) * path + c * plain, rtol=1e-9, atol=1e-9)
         seen.append(c)
-    assert min(seen) >= 0 and max(seen) <= 1 and len(set(seen)) == 4  # the start, and three looks
-    assert seen[-1] > 0.01
+    assert min(seen) >= 0 and max(seen) <= 1
+    assert len(set(seen)) == 4 or scored  # the start, and three looks
+    assert seen[-1] > 0.01 or (scored and max(seen) > 0.01)
 
 
 def test_auto_lands_at_the_posterior():
@@ -446,12 +617,17 @@ def test_guides_that_cannot_be_used():
     with pytest.raises(UnsupportedModelError, match=r"site 'x'.*gradient=\"reparam\""):
         Objective().loss_and_grads(model, no_inverse)
     Objective(gradient="reparam").loss_and_grads(model, no_inverse)
-    for kind in ("path", "reparam"):
-        with pytest.raises(UnsupportedModelError, match=r"site 'n'.*Poisson"):
-            loss = Objective(gradient=kind)
-            loss.loss_and_grads(
-                lambda: pyro.sample("n", dist.Poisson(1.0)), lambda: pyro.sample("n", dist.Poisson(2.0))
-            )
+    for marked, of in (("reparam", dist.Poisson(1.0)), ("score", dist.Delta(torch.tensor(1.0)))):
+        guide = lambda marked=marked, of=of: pyro.sample("n", of, infer={"grad": marked})
+        with pytest.raises(UnsupportedModelError, match=f"site 'n'.*{type(of).__name__}"):
+            Objective().loss_and_grads(guide, guide)
+    guide = lambda: pyro.sample("n", dist.Poisson(1.0))
+    with pytest.raises(UnsupportedModelError, match=r"site 'n' .* score"):
+        Objective("rws").loss_and_grads(guide, guide)
+    for kind, match in (("enum", "TraceEnum_ELBO"), ("scroe", r"'n' has .*scroe")):
+        guide = lambda kind=kind: pyro.sample("n", dist.Poisson(1.0), infer={"grad": kind})
+        with pytest.raises(ValueError, match=match):
+            Objective().loss_and_grads(guide, guide)
 
 
 def test_points_without_a_density():
