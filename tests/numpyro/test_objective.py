@@ -27,6 +27,8 @@ from flowppl.numpyro.particles import Particles
 from flowppl.objectives import programs
 from flowppl.objectives.control import Control
 
+pytestmark = pytest.mark.slow  # compilation; the example in the docstring runs where the front is alone
+
 FLOW, CONDITIONAL = (Flow(Coupling(2, Affine(), context_dim, (4,))) for context_dim in (0, 2))  # quick to compile
 
 
