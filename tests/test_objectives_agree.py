@@ -11,6 +11,8 @@ from flowppl.objectives import path_log_prob, programs, score
 from tests.conftest import FRAMEWORKS
 from tests.registry import assert_close, compiled, gradient, on, variables
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough
+
 ALL = {
     **{name: make() for name, make in programs.PROGRAMS.items()},
     "renyi": programs.renyi(0.4),

@@ -24,7 +24,7 @@ from flowppl.flows import Flow
 from flowppl.objectives import programs
 from flowppl.pyro import AutoFlow, FlowDistribution, Objective, PathELBO, flow_module
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]  # once is enough; the docstring runs everywhere
 
 SMALL = flows.nsf(layers=1, hidden=(4,), bins=3)
 CONDITIONAL = flows.realnvp(layers=1, hidden=(4,))
