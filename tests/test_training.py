@@ -22,6 +22,8 @@ from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough: jax compiles for a minute
+
 CONSTANT = Move(1.0)
 LONG = Options(max_steps=100_000)
 SMALL = Options(num_particles=16, max_steps=40, chunk=5)
@@ -109,7 +111,6 @@ def ready(backend, make_rng):
     return flow, variables, like, compiled
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("c", [0.0, 0.4, 1.0])
 def test_the_gradient_is_unbiased_at_any_coefficient(backend, make_rng, c):
     """Against the plain estimator at the same draws: they differ by c - 1 times the score term, of mean zero.
@@ -146,7 +147,6 @@ def test_the_gradient_is_unbiased_at_any_coefficient(backend, make_rng, c):
         assert statistic < 9.5  # 1e-4 is at 9.16
 
 
-@pytest.mark.slow
 def test_the_gradient_of_a_flow_that_is_the_posterior_vanishes(backend, make_rng):
     flow, variables, like, compiled = ready(backend, make_rng)
     estimate, grads, _ = compiled(lambda x: flow.log_prob(variables, x))(make_rng(1), no_control(like))
@@ -166,7 +166,6 @@ def test_draws_without_a_density_are_left_out_and_counted(backend, make_rng):
     assert all(bool(xp.all(xp.isfinite(g))) for g in tree.leaves(grads))
 
 
-@pytest.mark.slow
 def test_the_coefficient_falls_from_plain_to_path_where_the_fit_is_good(backend, make_rng):
     """The score term is all that is left of the plain gradient's noise at the posterior: the mixture takes none of it."""
     flow, variables, like, compiled = ready(backend, make_rng)
@@ -210,7 +209,6 @@ def problem(backend, flow="affine"):
     return Problem(flows.get(flow)(2), banana(backend.xp), lambda seed: normal, like)
 
 
-@pytest.mark.slow
 def test_a_banana_is_learned(backend):
     options = Options(num_particles=64, max_steps=400, chunk=50, learning_rate=1e-2)
     fit = fit_flow(problem(backend, flows.nsf(layers=2, hidden=(8,), bins=4)), 0, options, num_samples=2000)
@@ -227,7 +225,6 @@ def test_it_is_never_behind_its_start(backend):
     assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
 
 
-@pytest.mark.slow
 def test_a_mode_that_the_flow_misses_is_kept(backend):
     """Two modes of equal mass, six sds apart: the flow stays in one of them, and draws of the other are there to be judged."""
     xp = backend.xp
