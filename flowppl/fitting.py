@@ -219,8 +219,8 @@ def _run(
 
         covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, seen, _COVERING)
         reaching = draw(rescaled(flow, covered, loc, scale))
-        history = history + more
-        if _evidence(reaching).khat < _evidence(after).khat:
+        history, found = history + more, _evidence(reaching)
+        if found.khat < _evidence(after).khat and found.elbo >= _evidence(before).elbo:
             trained, after = covered, reaching
     return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
 

@@ -8,6 +8,7 @@ from flowppl.backend import get_backend
 from flowppl.bijections import Affine, Chain, Coupling, LULinear
 from flowppl.flows import Flow
 from flowppl.objectives import path_log_prob, programs, score
+from flowppl.objectives.control import Control
 from tests.conftest import FRAMEWORKS
 from tests.registry import assert_close, compiled, gradient, on, variables
 
@@ -128,3 +129,11 @@ def test_torch_and_jax_agree(name):
 def test_at_coefficient_one_the_gradient_is_that_of_autodiff(name):
     (_, found), expected = gradients(get_backend(FRAMEWORKS[0]), UNBIASED[name], 1.0)
     assert_close(found, expected, 1e-10)
+
+
+def test_the_control_forgets_nothing_over_what_is_not_finite(backend):
+    one = on(backend, np.ones(2))
+    control = Control(one[0], one[0])
+    same = control.updated([one * np.inf], [one])
+    assert [float(a) for a in same] == [1.0, 1.0]
+    assert [float(a) for a in control.updated([one], [-one])] == pytest.approx([0.9 - 0.2, 0.9 + 0.2])

@@ -1,5 +1,6 @@
 """How training goes on, is undone and ends, and that an interrupted one ends where it would have; in both frameworks."""
 
+import itertools
 import math
 import os
 import signal
@@ -223,6 +224,33 @@ def test_it_is_never_behind_its_start(backend):
     options = Options(num_particles=8, max_steps=20, chunk=10, optimizer=optim.adam(3.0))
     fit = fit_flow(problem(backend), 0, options, num_samples=500)
     assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
+
+
+def test_covering_tails_does_not_put_it_behind_its_start_either(backend, monkeypatch):
+    """Steps so large that they ruin the flow, in a phase whose k-hat always falls."""
+    khats = itertools.count(1)  # a later look sees a heavier tail, and the new one is looked at first
+    evidence = fitting._evidence
+    monkeypatch.setattr(fitting, "_evidence", lambda draws: evidence(draws)._replace(khat=next(khats)))
+    monkeypatch.setattr(fitting, "_COVERING", fitting.annealed(2, 1000.0))
+    options = Options(num_particles=8, max_steps=40, chunk=10)
+    fit = fit_flow(problem(backend), 0, options, num_samples=500)
+    assert fit.history[-1].move.level == 1000.0
+    assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
+
+
+def test_a_mode_counts_by_the_mass_that_the_flow_misses(backend):
+    """One percent of the mass far out is no mode, however far it is; five percent are."""
+    xp = backend.xp
+    like = backend.asarray(xp.zeros(2, dtype=xp.float64))
+    flow = flows.affine()(2)
+    variables = flow.init(backend.rng(0, like), like)
+    target = lambda x: -0.5 * xp.minimum(xp.sum(x * x, axis=-1), 100.0 + 0 * x[:, 0]) - math.log(2 * math.pi)
+    x = np.random.default_rng(0).standard_normal((1000, 2))
+    task = Problem(flow, target, lambda seed: None, like)
+    own = Fit(variables, (x, np.zeros(1000)), [], [], None)
+    for share, expected in ((0.01, 0), (0.05, 1)):
+        mode = np.where(np.arange(1000)[:, None] < 1000 * share, 50.0, x)
+        assert len(fitting._missed(task, own, [(mode, np.zeros(1000))])) == expected
 
 
 def test_a_mode_that_the_flow_misses_is_kept(backend):

@@ -57,7 +57,7 @@ def fit(
         restarts: More runs, from other seeds: the best by its ELBO is kept, and all must agree.
         num_samples: Number of weighted draws.
         num_particles: Draws in each step.
-        max_steps: The most steps; it stops by itself.
+        max_steps: The most steps, before up to 1000 for the tails; it stops by itself.
         learning_rate: Step size at the start, which falls by itself.
         optimizer: Another optimizer than Adam, of `flowppl.optim`.
         checkpoint: A file that keeps the state: a fit that was interrupted goes on from it, and ends alike.

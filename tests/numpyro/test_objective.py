@@ -574,6 +574,16 @@ def test_auto_lands_at_the_posterior():
     assert coefficient(state) < 1e-5
 
 
+def test_any_guide_can_keep_the_coefficient():
+    guide = AutoNormal(small_model)
+    svi = SVI(small_model, objective.keeping(guide), numpyro.optim.Adam(1e-2), Objective("elbo", 4, gradient="auto"))
+    result = svi.run(jax.random.key(0), 12, progress_bar=False)
+    assert result.state.mutable_state[objective.CONTROL]["step"] == 12
+    assert result.state.mutable_state[objective.CONTROL]["square"] > 0
+    assert 0 <= coefficient(result.state) <= 1
+    assert set(guide.sample_posterior(jax.random.key(1), result.params)) >= {"x"}
+
+
 def test_training_reaches_the_evidence():
     guide = AutoFlow(conjugate_model, "affine", gradient="auto")
     rate = lambda step: 0.1 * 0.985**step
