@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = ("speed", "family", "autoregressive", "inverses", "density", "eight_schools", "fit", "path", "learning")
+BENCHMARKS = (
+    "speed",
+    "family",
+    "autoregressive",
+    "inverses",
+    "density",
+    "eight_schools",
+    "fit",
+    "path",
+    "learning",
+    "gain",
+)
 
 if __name__ == "__main__":
     known = sys.argv[1:2] and sys.argv[1] in BENCHMARKS

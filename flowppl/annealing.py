@@ -1,0 +1,147 @@
+"""From a log density and a normal approximation of it, or a flow, to weighted draws and the evidence, by annealing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flowppl import weights
+from flowppl.backend import Array, backend_of
+from flowppl.bijections.base import bind
+from flowppl.errors import UnsupportedModelError
+from flowppl.fitting import Draws, Problem
+from flowppl.flows.affine_end import place
+from flowppl.flows.bases import Normal, StudentT
+from flowppl.kernels import hmc
+from flowppl.stochastic import Bridge, Schedule, anneal, tune
+from flowppl.training import seed_of
+
+_ISLAND = 500  # particles that share a run
+_TUNING, _BASE, _RUNS = 0, 1, 2  # streams of random numbers
+
+
+class Annealing(NamedTuple):
+    """What annealing gave.
+
+    Attributes:
+        draws: Points `(n, dim)` and log-weights `(n,)`.
+        start: Draws of the base, with their log-weights.
+        log_z: The evidence that each island of particles found, `(islands,)`.
+        schedule: Temperatures and step sizes.
+        ess: Effective share of an island at each temperature, the mean over islands.
+        acceptance: Of the kernel at each temperature.
+        resampled: The share of islands that were resampled at each temperature.
+    """
+
+    draws: Draws
+    start: Draws
+    log_z: np.ndarray
+    schedule: Schedule
+    ess: np.ndarray
+    acceptance: np.ndarray
+    resampled: np.ndarray
+
+    @property
+    def log_evidence(self) -> tuple[float, float]:
+        """Log of the mean over islands of what is unbiased, and its standard error by the delta method."""
+        w = np.exp(self.log_z - self.log_z.max())
+        mean = w.mean()
+        error = w.std(ddof=1) / np.sqrt(len(w)) / mean if len(w) > 1 else np.inf
+        return float(np.log(mean) + self.log_z.max()), float(error)
+
+
+def anneal_flow(
+    problem: Problem,
+    seed: int,
+    *,
+    variables: dict[str, Any] | None = None,
+    num_samples: int = 10_000,
+    num_steps: int = 8,
+    step_ess: float = 0.95,
+    progress_bar: bool = False,
+) -> Annealing:
+    """Anneals from the flow to the posterior, in the space of the flow's base.
+
+    There the flow is standard normal, whatever it is, and the posterior is p(T(z)) |det dT / dz|: well-scaled for HMC where the flow
+    is anything like the posterior, and without a need for the flow's inverse.
+
+    Args:
+        problem: The posterior, and a flow that ends with an affine layer.
+        seed: Of everything.
+        variables: Of the flow; None for the normal approximation of the posterior.
+        num_samples: Draws, made by islands of 500 particles, whose evidences tell the error.
+        num_steps: Leapfrog steps at each temperature.
+        step_ess: See `flowppl.stochastic.tune`.
+        progress_bar: Whether to show how it goes.
+
+    Raises:
+        UnsupportedModelError: the flow's base is not normal or Student-t, as for angles.
+    """
+    flow, like, backend = problem.flow, problem.like, backend_of(problem.like)
+    if not isinstance(flow.base, Normal | StudentT):
+        raise UnsupportedModelError(
+            f"annealing starts from a flow of real vectors, and this one's base is {type(flow.base).__name__}, as for angles: "
+            "use fit"
+        )
+    if variables is None:
+        normal = problem.normal(seed)
+        ours = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
+        variables = place(flow, flow.init(backend.rng(seed, like), like), *ours)
+    variables = backend.stop(variables)
+    base = bind(variables)["base"]
+
+    def log_prob(z: Array) -> Array:
+        sample = flow.push(variables, z, with_log_prob=True)
+        return problem.log_prob(sample.x) - sample.log_prob + flow.base.log_prob(base, z)
+
+    bridge = Bridge(
+        lambda rng, n: flow.base.sample(rng, base, (n, flow.dim), like), partial(flow.base.log_prob, base), log_prob
+    )
+    kernel = partial(hmc.step, num_steps=num_steps)
+    islands = -(-num_samples // _ISLAND)
+    with tqdm(total=islands + 1, disable=not progress_bar, unit="run") as bar:
+        bar.set_description_str("temperatures")
+        schedule = tune(
+            backend.rng(seed_of(seed, _TUNING), like),
+            bridge,
+            kernel,
+            like,
+            n=_ISLAND,
+            step_ess=step_ess,
+            progress=lambda beta: bar.set_postfix_str(f"beta {beta:.3g}"),
+        )
+        bar.update()
+        bar.set_description_str(f"{len(schedule.betas)} temperatures")
+        own = tuple(backend.asarray(backend.xp.asarray(a), like) for a in schedule)
+
+        @backend.jit
+        def island(rng: Any) -> tuple:
+            found = anneal(rng, bridge, kernel, own, _ISLAND)
+            return flow.push(variables, found.x).x, *found[1:]
+
+        runs = []
+        for i in range(islands):
+            found = backend.stop(island(backend.rng(seed_of(seed, _RUNS, i), like)))
+            runs.append([np.asarray(backend.to_numpy(a), np.float64) for a in found])
+            bar.update()
+    x, log_w, ess, acceptance, resampled = (np.stack(a) for a in zip(*runs, strict=True))
+
+    @backend.jit
+    def first(rng: Any) -> tuple[Array, Array]:
+        z = bridge.sample(rng, num_samples)
+        return flow.push(variables, z).x, log_prob(z) - bridge.log_base(z)
+
+    begin = backend.stop(first(backend.rng(seed_of(seed, _BASE), like)))
+    return Annealing(
+        (x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]),
+        tuple(np.asarray(backend.to_numpy(a), np.float64) for a in begin),
+        weights.log_mean_exp(log_w),
+        schedule,
+        ess.mean(0),
+        acceptance.mean(0),
+        resampled.mean(0),
+    )

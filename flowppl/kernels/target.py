@@ -1,0 +1,133 @@
+"""What kernels move, and what they leave invariant: a density that is a product of powers of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flowppl.backend import Array, backend_of
+
+LogProb = Callable[[Array], Array]
+_IMPOSSIBLE = -1e30  # in place of -inf, of which a power of zero would not be a number
+
+
+class Target(NamedTuple):
+    """The unnormalised density prod_k f_k(x)^power_k.
+
+    Factors apart from their powers are what makes annealing cheap: walkers keep the value and the gradient of each factor, so that
+    another power, as of a temperature, needs no new evaluation.
+
+    Attributes:
+        factors: Log densities, `(n, dim)` to `(n,)`.
+        powers: `(k,)`.
+    """
+
+    factors: tuple[LogProb, ...]
+    powers: Array
+
+    def log_prob(self, walkers: Walkers) -> Array:
+        """Log density of walkers, `(n,)`."""
+        return walkers.log_probs @ self.powers
+
+    def score(self, walkers: Walkers) -> Array:
+        """Its gradient, `(n, dim)`."""
+        xp = backend_of(walkers.x).xp
+        return xp.sum(walkers.scores * self.powers[:, None], axis=1)
+
+
+class Walkers(NamedTuple):
+    """Points with what is known of them.
+
+    Attributes:
+        x: `(n, dim)`.
+        log_probs: Log densities of the factors, `(n, k)`; where one has none or is not a number, all but -infinite.
+        scores: Their gradients, `(n, k, dim)`; None where they were not asked for.
+    """
+
+    x: Array
+    log_probs: Array
+    scores: Array | None
+
+
+class Info(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        log_ratio: Log density of the way back over that of the way there, `(n,)`. A step that leaves the target invariant and is
+            reversible has log pi(x) - log pi(x'). Along a path of steps, log p at its end, less log q at its start, plus all of
+            these is the log-weight of the path.
+        acceptance: The probability that the step is accepted, `(n,)`; one for a step that always is.
+    """
+
+    log_ratio: Array
+    acceptance: Array
+
+
+def target(log_prob: LogProb, like: Array) -> Target:
+    """The target of one log density.
+
+    Args:
+        log_prob: `(n, dim)` to `(n,)`, unnormalised.
+        like: An array whose dtype and device walkers have.
+    """
+    backend = backend_of(like)
+    return Target((log_prob,), backend.asarray(backend.xp.ones(1), like))
+
+
+def bridge(log_base: LogProb, log_prob: LogProb, beta: Array) -> Target:
+    """The geometric bridge base^(1 - beta) p^beta.
+
+    Args:
+        log_base: Log density of the base, `(n, dim)` to `(n,)`.
+        log_prob: Log density of the target, unnormalised.
+        beta: A scalar array, from zero to one.
+    """
+    return Target((log_base, log_prob), backend_of(beta).xp.stack([1 - beta, beta]))
+
+
+def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
+    """Walkers at points.
+
+    Args:
+        target: What they are to sample.
+        x: `(n, dim)`.
+        with_scores: Whether steps will need gradients: all but `metropolis` and `independence` do.
+    """
+    backend = backend_of(x)
+    xp = backend.xp
+    if not with_scores:
+        values = [f(x) for f in target.factors]
+        return Walkers(x, xp.stack([_possible(v) for v in values], axis=-1), None)
+    values, scores = zip(*(backend.value_and_score(f, x) for f in target.factors), strict=True)
+    scores = xp.stack(scores, axis=1)
+    fine = xp.isfinite(xp.stack(values, axis=-1)) & xp.all(xp.isfinite(scores), axis=-1)
+    log_probs = xp.where(fine, xp.stack([_possible(v) for v in values], axis=-1), _IMPOSSIBLE)
+    return Walkers(x, log_probs, xp.where(fine[..., None], scores, xp.zeros_like(scores)))
+
+
+def is_possible(log_probs: Array) -> Array:
+    """Whether walkers have a density, `(n,)`, from their `log_probs`."""
+    xp = backend_of(log_probs).xp
+    return xp.all(log_probs > 0.5 * _IMPOSSIBLE, axis=-1)
+
+
+def accept(rng: object, log_ratio: Array, old: Walkers, new: Walkers) -> tuple[Walkers, Array]:
+    """The rule of Metropolis: new walkers with probability min(1, exp(log_ratio)), and that probability."""
+    backend = backend_of(log_ratio)
+    xp = backend.xp
+    log_ratio = xp.where(xp.isnan(log_ratio), -xp.inf, log_ratio)
+    u = backend.uniform(rng, tuple(log_ratio.shape), like=log_ratio)
+    taken = xp.log1p(-u) < log_ratio  # of a uniform number in (0, 1]
+    parts = []
+    for before, after in zip(old, new, strict=True):
+        if before is None or after is None:
+            parts.append(None)
+        else:
+            mask = xp.reshape(taken, (-1,) + (1,) * (before.ndim - 1))
+            parts.append(xp.where(mask, after, before))
+    return Walkers(*parts), xp.exp(xp.clip(log_ratio, None, 0.0))
+
+
+def _possible(values: Array) -> Array:
+    xp = backend_of(values).xp
+    return xp.where(xp.isfinite(values), values, _IMPOSSIBLE)
