@@ -84,7 +84,9 @@ def test_amortized_methods_agree() -> None:
     assert {**ours, "rng": None}.keys() == theirs.keys()
 
 
-@pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])
+@pytest.mark.parametrize(
+    "name", ["log_prob", "minibatch", "num_nan", "value_and_score", "split", "unpack", "constrain"]
+)
 def test_density_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.LogDensity, name))) for front in _fronts())
     assert ours == theirs

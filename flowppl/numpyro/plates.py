@@ -1,4 +1,4 @@
-"""A plate of local latents: the bijection of one element, and the sizes that a model asks for."""
+"""Plates: the bijection of one element, the sizes that a model asks for, and plates that have all of their data."""
 
 from __future__ import annotations
 
@@ -65,3 +65,22 @@ def plate_sizes(model: Callable, plate: str, args: tuple, kwargs: dict[str, Any]
     if stop.sizes is None:
         raise UnsupportedModelError(f"plate: with these arguments the model opens no plate {plate!r}")
     return stop.sizes
+
+
+class FullPlates(Messenger):
+    """Gives plates their full size where a model would subsample, around the model.
+
+    Attributes:
+        found: What would have subsampled: its full size, and how much of it is asked for, by name.
+    """
+
+    def __init__(self, fn: Callable | None = None) -> None:
+        super().__init__(fn)
+        self.found: dict[str, tuple[int, int]] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """See NumPyro."""
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            size, _ = self.found[msg["name"]] = msg["args"]
+            with jax.ensure_compile_time_eval():  # numbers, which may index numpy's arrays
+                msg["args"], msg["value"] = (size, size), jnp.arange(size)
