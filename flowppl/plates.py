@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flowppl.errors import UnsupportedModelError
+from flowppl.errors import FlowFileError, UnsupportedModelError
 
 Sites = dict[str, Any]
 Sizes = Mapping[str, tuple[int, int]]  # the full size of a plate, and how much of it is asked for, by name
@@ -50,6 +50,18 @@ def split_by_plate(latents: Sites, plate: str, full_size: Callable[[Any], int]) 
                     f"only plate {plate!r} is amortized: give {frame.name!r} its full size"
                 )
     return inside, outside
+
+
+def own_encoder(what: str) -> FlowFileError:
+    """The error of saving a guide whose encoder is not built in.
+
+    Args:
+        what: What can be saved in place of a file.
+    """
+    return FlowFileError(
+        f"encoder: a file holds the built-in perceptron and no encoder of your own, which is code: save {what} by the means of "
+        "your framework, and make the guide anew from the same model, features and encoder"
+    )
 
 
 def differs(site: str) -> UnsupportedModelError:

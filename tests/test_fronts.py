@@ -82,6 +82,9 @@ def test_posterior_methods_agree(name: str) -> None:
 def test_amortized_methods_agree() -> None:
     ours, theirs = (_parameters(front.AmortizedFlow.sample_posterior) for front in _fronts())
     assert {**ours, "rng": None}.keys() == theirs.keys()
+    for name in ("save", "load"):
+        ours, theirs = (_parameters(getattr(front.AmortizedFlow, name)) for front in _fronts())
+        assert ours == theirs
 
 
 @pytest.mark.parametrize(

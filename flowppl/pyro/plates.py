@@ -1,14 +1,15 @@
-"""Plates: the bijection of one element, the sizes that a model asks for, and plates that have all of their data."""
+"""Plates: latents in one and beside it, the sizes that a model asks for, and plates that have all of their data."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
@@ -18,6 +19,29 @@ from torch.distributions.constraints import Constraint
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.plates import differs
+from flowppl.pyro.sites import Layout, is_angle
+
+
+class Part(NamedTuple):
+    """The global latents, or the local ones of one element: where each site lives, and how it comes to its support."""
+
+    sites: dict[str, Any]
+    layout: Layout
+    bijections: dict[str, Any]
+
+    @property
+    def angles(self) -> list[bool]:
+        """Whether each site is one of angles."""
+        return [is_angle(self.sites[name]["fn"]) for name in self.layout.names]
+
+    def constrain(self, free: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Values and log-determinants, which have the batch of the values, by site, from unconstrained values."""
+        values = {}
+        for name, u in free.items():
+            x = self.bijections[name](u)
+            term = self.bijections[name].log_abs_det_jacobian(u, x)
+            values[name] = x, sum_rightmost(term, term.dim() - x.dim() + self.sites[name]["fn"].event_dim)
+        return values
 
 
 def bijection_of_one(site: Any, dim: int) -> Any:
