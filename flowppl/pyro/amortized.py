@@ -285,9 +285,14 @@ class AmortizedFlow(ModelGuide):
 
     @property
     def _description(self) -> dict[str, Any]:
-        """What of a model a file has to fit."""
-        sites = [[] if part is None else part.layout.description for part in (self._local, self._global)]
-        return {"plate": self._plate, "sites": sites[0], "global sites": sites[1], "features": self._num_features}
+        """What of a model a file has to fit; the unconstrained form of an angle is not the same in both languages."""
+        parts = [part for part in (self._local, self._global) if part is not None]
+        sites = [part.layout.description for part in parts]
+        angles = [
+            [k, "turns"] for part in parts for k, angle in zip(part.layout.names, part.angles, strict=True) if angle
+        ]
+        found = {"sites": sites[0], "global sites": sites[1] if sites[1:] else [], "angles": angles}
+        return {"plate": self._plate, **found, "features": self._num_features}
 
 
 def _draw(rng: torch.Generator | None, fn: FlowDistribution, shape: tuple[int, ...]) -> Tensor:

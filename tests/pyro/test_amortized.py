@@ -344,6 +344,11 @@ def test_files_that_do_not_fit(tmp_path):
         with pyro.plate("rows", len(y)):
             pyro.sample("theta", dist.Normal(mu, 1.0))
 
+    def turning(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("groups", len(y)):
+            pyro.sample("theta", dist.VonMises(mu, 1.0))
+
     for target, message in [
         (renamed, r"global sites are \[\['mu', 1\]\], those of the model \[\['nu', 1\]\]"),
         (local_alone, r"global sites are \[\['mu', 1\]\], those of the model \[\]"),
@@ -364,6 +369,13 @@ def test_files_that_do_not_fit(tmp_path):
         path.write_bytes(content[:end])
         with pytest.raises(FlowFileError, match="cannot be read"):
             AmortizedFlow.load(path, model, features, y)
+    turned = small_guide(turning, flow=flows.nsf(layers=1, hidden=(4,), bins=3)).setup(y)
+    turned.save(path)
+    AmortizedFlow.load(path, turning, features, y)
+    as_in_numpyro = {**turned._description, "angles": [["theta", "boxed"]]}
+    files.write_parts(path, "AmortizedFlow", turned._flows, turned._arrays(), as_in_numpyro)
+    with pytest.raises(FlowFileError, match=r"angles are .*boxed.*, those of the model .*turns"):
+        AmortizedFlow.load(path, turning, features, y)
     alone = flows.affine()(1)
     save_flow(path, alone, alone.init(torch.Generator()))
     with pytest.raises(FlowFileError, match="is of a flow and not of kind 'AmortizedFlow'"):

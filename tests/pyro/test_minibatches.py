@@ -63,6 +63,7 @@ def test_a_minibatch_estimates_it_without_bias(u):
     assert twice[0] == twice[1]
 
 
+@pytest.mark.slow
 def test_a_regression_in_batches(monkeypatch):
     during = regression.while_training(monkeypatch, SEEN)
     monkeypatch.setattr("flowppl.pyro.posterior.pathfinder", regression.poor_start)
