@@ -22,7 +22,7 @@ from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.covering import chi_square, wider
-from flowppl.objectives.minibatches import anchored
+from flowppl.objectives.minibatches import minibatches_of
 from flowppl.objectives.reverse_kl import reverse_kl
 from flowppl.training import Options, Record, annealed, seed_of, train
 
@@ -209,10 +209,12 @@ def _run(
     def whitened(w: Array) -> Array:
         return problem.log_prob(loc + w @ scale.T) + log_det
 
-    minibatches = _minibatches(problem, whitened, lambda w: loc + w @ scale.T, log_det)
+    minibatches = None
+    if (one := problem.minibatch) is not None:
+        minibatches = minibatches_of(lambda rng, w: one(rng, loc + w @ scale.T) + log_det, whitened, problem.like)
 
     def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
-        rng, log_prob = (rng, whitened) if minibatches is None else minibatches(rng)
+        rng, log_prob = minibatches(rng) if minibatches else (rng, whitened)
         return reverse_kl(flow, variables, log_prob, rng, options.num_particles, control, refresh)
 
     trained, history = train(gradient, rescaled(flow, start, -inverse @ loc, inverse), seed, options, memory, progress)
@@ -220,7 +222,7 @@ def _run(
     if not _evidence(after).elbo >= _evidence(before).elbo:
         return Fit(start, before, [], history, before)
     enough = options.max_steps >= 2 * len(_COVERING) * options.chunk
-    if isinstance(flow.base, Normal) and minibatches is None and enough and _evidence(after).khat > _HEAVY:
+    if isinstance(flow.base, Normal) and not minibatches and enough and _evidence(after).khat > _HEAVY:
 
         def cover(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
             return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
@@ -236,23 +238,6 @@ def _run(
         if found.khat < _evidence(after).khat and found.elbo >= _evidence(before).elbo:
             trained, after = covered, reaching
     return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
-
-
-def _minibatches(
-    problem: Problem, whitened: Callable[[Array], Array], unwhiten: Callable[[Array], Array], log_det: Array
-) -> Callable[[Any], tuple[Any, Callable[[Array], Array]]] | None:
-    """Splits random numbers and makes of a part the whitened density as a minibatch estimates it, exact at the origin."""
-    if (estimate := problem.minibatch) is None:
-        return None
-    backend = backend_of(problem.like)
-    origin = backend.xp.zeros_like(problem.like)[None]
-    value, score = backend.jit(lambda w: backend.value_and_score(whitened, w))(origin)
-
-    def draw(rng: Any) -> tuple[Any, Callable[[Array], Array]]:
-        rng, own = backend.split(rng, 2)
-        return rng, anchored(lambda w: estimate(own, unwhiten(w)) + log_det, value[0], score[0])
-
-    return draw
 
 
 def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:

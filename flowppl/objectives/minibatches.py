@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flowppl.backend import Array, backend_of
 
+Density = Callable[[Array], Array]  # points (n, dim) to log densities (n,)
 
-def anchored(estimate: Callable[[Array], Array], value: Array, score: Array) -> Callable[[Array], Array]:
+
+def minibatches_of(
+    estimate: Callable[[Any, Array], Array], log_prob: Density, like: Array
+) -> Callable[[Any], tuple[Any, Density]]:
+    """What draws a minibatch: from a source of random numbers to one for other uses, and `anchored` estimates of a log density.
+
+    Args:
+        estimate: From random numbers and points `(n, dim)` to what one random minibatch makes of their log densities, `(n,)`.
+        log_prob: The log densities, from all of the data; seen once, at zero.
+        like: An array `(dim,)` of the points' kind.
+    """
+    backend = backend_of(like)
+    origin = backend.xp.zeros_like(like)[None]
+    value, score = backend.jit(lambda x: backend.value_and_score(log_prob, x))(origin)
+
+    def draw(rng: Any) -> tuple[Any, Density]:
+        rng, own = backend.split(rng, 2)
+        return rng, anchored(lambda x: estimate(own, x), value[0], score[0])
+
+    return draw
+
+
+def anchored(estimate: Density, value: Array, score: Array) -> Density:
     """An estimate that is exact at zero, gradient included, and varies little where a posterior is narrow around zero.
 
     With p_b the density as a minibatch b estimates it, this is log p_b(x) less the error at zero, log p_b(0) - log p(0), and less
