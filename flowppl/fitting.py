@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.covering import chi_square, wider
+from flowppl.objectives.minibatches import minibatches_of
 from flowppl.objectives.reverse_kl import reverse_kl
 from flowppl.training import Options, Record, annealed, seed_of, train
 
@@ -45,12 +47,17 @@ class Problem(NamedTuple):
         log_prob: Log density of the posterior, unnormalised: arrays `(n, dim)` to `(n,)`.
         normal: From a seed to a normal approximation.
         like: An array whose dtype and device the fit takes.
+        minibatch: From a source of random numbers and points to what one random minibatch makes of `log_prob`, without bias; in
+            training it stands for `log_prob`, which everything else sees. None where a step takes all of the data.
+        plates: What subsamples then: full size and subsample size by name.
     """
 
     flow: Flow
     log_prob: Callable[[Array], Array]
     normal: Callable[[int], NormalApproximation]
     like: Array
+    minibatch: Callable[[Any, Array], Array] | None = None
+    plates: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 class Fit(NamedTuple):
@@ -90,6 +97,9 @@ def fit_flow(
     progress: Callable[[Sequence[Record]], None] = lambda history: None,
 ) -> Fit:
     """Trains the flow, as often as asked, and keeps the run with the highest ELBO; none is worse than its start.
+
+    With minibatches, training ends with the reverse divergence: that which covers tails is not linear in the log density, and an
+    estimate of one would bias the other.
 
     Args:
         problem: What to fit.
@@ -199,15 +209,20 @@ def _run(
     def whitened(w: Array) -> Array:
         return problem.log_prob(loc + w @ scale.T) + log_det
 
+    minibatches = None
+    if (one := problem.minibatch) is not None:
+        minibatches = minibatches_of(lambda rng, w: one(rng, loc + w @ scale.T) + log_det, whitened, problem.like)
+
     def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
-        return reverse_kl(flow, variables, whitened, rng, options.num_particles, control, refresh)
+        rng, log_prob = minibatches(rng) if minibatches else (rng, whitened)
+        return reverse_kl(flow, variables, log_prob, rng, options.num_particles, control, refresh)
 
     trained, history = train(gradient, rescaled(flow, start, -inverse @ loc, inverse), seed, options, memory, progress)
     after = draw(rescaled(flow, trained, loc, scale))
     if not _evidence(after).elbo >= _evidence(before).elbo:
         return Fit(start, before, [], history, before)
     enough = options.max_steps >= 2 * len(_COVERING) * options.chunk
-    if isinstance(flow.base, Normal) and enough and _evidence(after).khat > _HEAVY:
+    if isinstance(flow.base, Normal) and not minibatches and enough and _evidence(after).khat > _HEAVY:
 
         def cover(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
             return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
@@ -261,4 +276,6 @@ def _task(problem: Problem, normal: NormalApproximation, seed: int, options: Opt
     """What makes two fits the same, as JSON types; the ELBO of the start stands for model and data."""
     chosen = {k: v for k, v in vars(options).items() if k != "optimizer"}
     data = f"{normal.elbo:.9g}"
-    return {"flow": describe(problem.flow), "seed": seed, "data": data, "dtype": str(problem.like.dtype), **chosen}
+    plates = {"plates": sorted(map(list, problem.plates.items()))} if problem.plates else {}
+    task = {"flow": describe(problem.flow), "seed": seed, "data": data, "dtype": str(problem.like.dtype)}
+    return {**task, **chosen, **plates}

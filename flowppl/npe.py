@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from flowppl import flows, tree
+from flowppl import tree
 from flowppl.backend import backend_of
 from flowppl.bijections import bind
 from flowppl.diagnostics import Calibration
-from flowppl.errors import DimensionError, NonFiniteError
-from flowppl.fitting import shown
-from flowppl.flows import Flow, Recipe, part_of
+from flowppl.errors import DimensionError, FlowFileError, NonFiniteError
+from flowppl.flows import Flow, files, part_of
 from flowppl.networks import MLP
-from flowppl.objectives.reverse_kl import Estimate
 from flowppl.posterior import coordinates
 from flowppl.simulations import Data, Scale, Simulator, features_of, simulated
-from flowppl.training import Options, Record, State, seed_of, train
+from flowppl.training import Record, seed_of
 
-__all__ = ["Amortized", "AmortizedPosterior", "amortize"]
+__all__ = ["Amortized", "AmortizedPosterior"]
 
 Array = np.ndarray
-_HELD_OUT = 10  # every tenth simulation is for judging the others' fit
-_STEPS = 500  # between two looks at how it goes: the noise of held-out batches hides what fewer steps gain
-_TRAINING, _CALIBRATION, _DRAWS = range(3)  # streams of random numbers that one seed gives
+_KIND = "npe"  # of its files
+TRAINING, _CALIBRATION, _DRAWS = range(3)  # streams of random numbers that one seed gives
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,20 @@ class Amortized:
         draws = AmortizedPosterior(self, features).unconstrained(num_draws, seed)
         return Calibration((draws < u).sum(0), num_draws, coordinates(self.simulator.shapes))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves flow, network and scales; `load_npe` of either front loads them, for a model with the same sites.
+
+        Args:
+            path: Where to; an older file is replaced only when the new one is whole.
+
+        Raises:
+            FlowFileError: the flow is of another library.
+        """
+        parts = {"flow": self.flow, **({} if self.net is None else {"net": self.net})}
+        scales = {name: scale._asdict() for name, scale in zip(("latents", "features"), self.scales, strict=True)}
+        extra = {**_sites(self.simulator), "held out": list(self.held_out), "dropped": self.num_dropped}
+        files.write_parts(path, _KIND, parts, {"variables": self.variables, "scales": scales}, extra)
+
     def _checked(self, data: Any) -> tuple[Data, tuple[int, ...]]:
         shapes = self.simulator.data_shapes
         if not isinstance(data, Mapping):
@@ -95,7 +108,7 @@ class Amortized:
             raise DimensionError(f"data: expected the sites {', '.join(shapes)}, got {', '.join(data) or 'none'}")
         arrays, batches = {}, set()
         for name, shape in shapes.items():
-            a = _numpy(data[name])
+            a = on_host(data[name])
             at = a.ndim - len(shape)
             if at < 0 or a.shape[at:] != shape:
                 expected = ", ".join(["*batch", *map(str, shape)])
@@ -117,7 +130,7 @@ class Amortized:
 
     @cached_property
     def _log_prob(self) -> Callable:
-        return backend_of(self.simulator.like).jit(lambda variables, u, x: _log_q(self.flow, self.net, variables, u, x))
+        return backend_of(self.simulator.like).jit(lambda variables, u, x: log_q(self.flow, self.net, variables, u, x))
 
 
 class AmortizedPosterior:
@@ -130,7 +143,7 @@ class AmortizedPosterior:
 
     def __init__(self, amortized: Amortized, features: Array) -> None:
         self._amortized = amortized
-        self._features = _like(amortized.scales[1].standardise(features), amortized.simulator.like)
+        self._features = like_of(amortized.scales[1].standardise(features), amortized.simulator.like)
 
     def sample(self, num_samples: int = 1000, seed: int = 0) -> dict[str, Array]:
         """Draws by site, constrained: `(num_samples, *batch, *shape)`."""
@@ -146,10 +159,10 @@ class AmortizedPosterior:
             DimensionError: a site is missing or has another shape.
         """
         amortized = self._amortized
-        u, log_det = amortized.simulator.unconstrain({name: _numpy(v) for name, v in values.items()})
+        u, log_det = amortized.simulator.unconstrain({name: on_host(v) for name, v in values.items()})
         scale, like = amortized.scales[0], amortized.simulator.like
-        log_q = amortized._log_prob(amortized.variables, _like(scale.standardise(u), like), self._features)
-        return _numpy(log_q) - log_det - np.log(scale.sd).sum()
+        value = amortized._log_prob(amortized.variables, like_of(scale.standardise(u), like), self._features)
+        return on_host(value) - log_det - np.log(scale.sd).sum()
 
     def unconstrained(self, num_samples: int = 1000, seed: int = 0) -> Array:
         """The same draws in unconstrained space, `(num_samples, *batch, dim)`."""
@@ -159,82 +172,52 @@ class AmortizedPosterior:
         shape = (num_samples, *self._features.shape[:-1], flow.dim)
         z = flow.base.sample(rng, bind(part_of(variables, "flow"))["base"], shape, like)
         scale = amortized.scales[0]
-        return _numpy(amortized._push(variables, z, self._features)) * scale.sd + scale.mean
+        return on_host(amortized._push(variables, z, self._features)) * scale.sd + scale.mean
 
 
-def amortize(
-    simulator: Simulator,
-    flow: str | Recipe | Flow,
-    *,
-    embedding: int,
-    hidden: Sequence[int],
-    num_simulations: int,
-    seed: int,
-    batch_size: int,
-    max_steps: int,
-    learning_rate: float,
-    progress_bar: bool,
-) -> Amortized:
-    """Simulates, standardises, and trains q(latents | data) by maximum likelihood; the best state by held-out simulations is kept.
-
-    See `npe` for the arguments.
+def restored(path: str | os.PathLike[str], simulator: Simulator) -> Amortized:
+    """Loads what `Amortized.save` wrote, for a model that is simulated anew.
 
     Raises:
-        ValueError: there are fewer than 20 simulations.
+        FlowFileError: the file is not whole, or does not fit the model's sites or its features.
     """
-    if num_simulations < 2 * _HELD_OUT:
-        raise ValueError(f"num_simulations must be at least {2 * _HELD_OUT}, got {num_simulations}")
-    options = Options(batch_size, max_steps, learning_rate, chunk=min(_STEPS, max_steps))
-    u, features, dropped = simulated(simulator, num_simulations, (seed, _TRAINING))
-    scales = Scale.of(u), Scale.of(features)
-    like = simulator.like
+    parts, arrays, extra = files.read_parts(path, _KIND, {"flow": Flow, "net": MLP})
+    files.require(path, extra, _sites(simulator))
+    flow, net, like = parts["flow"], parts.get("net"), simulator.like
+    backend, dim = backend_of(like), sum(map(math.prod, simulator.shapes.values()))
+    some = {name: np.ones((1, *shape)) for name, shape in simulator.data_shapes.items()}
+    num, taken = features_of(simulator, some).shape[-1], flow.context_dim if net is None else net.inputs
+    if (flow.dim, taken) != (dim, num) or (net is not None and net.outputs != (flow.context_dim,)):
+        raise FlowFileError(
+            f"{path} does not fit the model: its flow has {flow.dim} dimensions and sees {taken} features, the model has {dim} and "
+            f"{num}; the summary has to be that of the training"
+        )
+    lengths = {"latents": dim, "features": num}
+    vectors = {name: {"mean": backend.xp.zeros(n), "sd": backend.xp.zeros(n)} for name, n in lengths.items()}
+    template = lambda: {"variables": initial(flow, net, backend.rng(0, like), like), "scales": vectors}
+    variables = files.restore(arrays, template, like)["variables"]
+    kept = lambda name: Scale(*(np.asarray(arrays[f"scales.{name}.{k}"], np.float64) for k in Scale._fields))
+    try:
+        mean, error = map(float, extra["held out"])
+        dropped = int(extra["dropped"])
+    except (KeyError, TypeError, ValueError) as missing:
+        raise FlowFileError(f"{path} does not say how the training went: {missing}") from missing
+    return Amortized(simulator, flow, net, variables, (kept("latents"), kept("features")), [], (mean, error), dropped)
+
+
+def initial(flow: Flow, net: MLP | None, rng: Any, like: Any) -> dict[str, Any]:
+    """Untrained variables of a flow and the network before it."""
     backend = backend_of(like)
-    rows = [_like(scale.standardise(a), like) for scale, a in zip(scales, (u, features), strict=True)]
-    cut = len(u) - max(len(u) // _HELD_OUT, 1)
-    seen, held_out = ([a[:cut] for a in rows], [a[cut:] for a in rows])
-    net = MLP(features.shape[-1], (embedding,), tuple(hidden)) if embedding else None
-    q = flows.get(flow)(u.shape[-1], embedding or features.shape[-1])
-
-    def init(rng: Any) -> dict[str, Any]:
-        keys = backend.split(rng, 2)
-        made = q.init(keys[0], like)
-        weights = tree.map(lambda a: backend.asarray(a, like), net.init(keys[1]) if net else {})
-        return {"params": {"flow": made["params"], "net": weights}, "const": {"flow": made["const"], "net": {}}}
-
-    def mean_log_q(variables: dict[str, Any], rows: list) -> Any:
-        return backend.xp.mean(_log_q(q, net, variables, *rows))
-
-    def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Any) -> Any:
-        # The record's objective is that of held-out simulations, so training sees when it no longer learns what is general.
-        keys = backend.split(rng, 2)
-        batch = _choose(seen, keys[0], options.num_particles)
-        _, grads = backend.value_and_grad(lambda p: -mean_log_q({**variables, "params": p}, batch), variables["params"])
-        value = mean_log_q(backend.stop(variables), _choose(held_out, keys[1], max(options.num_particles // 2, 1)))
-        return Estimate(value, 0 * value, 0 * value, 0 * value), grads, control
-
-    start = backend.jit(init)(backend.rng(seed_of(seed, _TRAINING), like))
-    best = _Best(backend.jit(lambda params: mean_log_q({**start, "params": params}, held_out)))
-    with shown(options, progress_bar, "log q") as progress:
-        _, history = train(gradient, start, seed, options, best, progress)
-    variables = {**start, "params": best.params}
-    each = _numpy(backend.jit(lambda v: _log_q(q, net, v, *held_out))(variables)) - np.log(scales[0].sd).sum()
-    error = float(each.std() / np.sqrt(len(each)))
-    return Amortized(simulator, q, net, variables, scales, history, (float(each.mean()), error), dropped)
+    keys = backend.split(rng, 2)
+    made = flow.init(keys[0], like=like)
+    weights = tree.map(lambda a: backend.asarray(a, like), net.init(keys[1]) if net else {})
+    return {"params": {"flow": made["params"], "net": weights}, "const": {"flow": made["const"], "net": {}}}
 
 
-class _Best:
-    """A memory of training that keeps the averaged parameters with the highest score."""
-
-    def __init__(self, score: Callable[[Any], Any]) -> None:
-        self._score, self._highest, self.params = score, -np.inf, None
-
-    def load(self, template: State) -> None:
-        self.params = template.params
-
-    def save(self, state: State, history: Sequence[Record]) -> None:
-        score = float(self._score(state.average))
-        if score > self._highest:
-            self._highest, self.params = score, state.average
+def _sites(simulator: Simulator) -> dict[str, Any]:
+    """What of a model a file has to fit, as JSON types."""
+    latents, data = ([[k, list(s)] for k, s in shapes.items()] for shapes in (simulator.shapes, simulator.data_shapes))
+    return {"latents": latents, "data": data}
 
 
 def _context(net: MLP | None, params: dict[str, Any], x: Any) -> Any:
@@ -242,23 +225,17 @@ def _context(net: MLP | None, params: dict[str, Any], x: Any) -> Any:
     return x if net is None else backend_of(x).xp.moveaxis(net(params["net"], x), 0, -1)
 
 
-def _log_q(flow: Flow, net: MLP | None, variables: dict[str, Any], u: Any, x: Any) -> Any:
+def log_q(flow: Flow, net: MLP | None, variables: dict[str, Any], u: Any, x: Any) -> Any:
     """Log density of standardised latents `(*batch, dim)` given standardised features, `(*batch,)`."""
     return flow.log_prob(part_of(variables, "flow"), u, _context(net, variables["params"], x))
 
 
-def _choose(rows: list, rng: Any, num: int) -> list:
-    """The same random rows of each array."""
-    backend, n = backend_of(rows), len(rows[0])
-    at = backend.uniform(rng, (num,), rows[0]) * n
-    at = backend.xp.clip(backend.xp.astype(at, backend.xp.int32), 0, n - 1)  # n itself by rounding
-    return [backend.xp.take(a, at, axis=0) for a in rows]
-
-
-def _like(a: Array, like: Any) -> Any:
+def like_of(a: Array, like: Any) -> Any:
+    """An array of the framework of `like`, with its dtype and device."""
     backend = backend_of(like)
     return backend.asarray(backend.xp.asarray(a), like)
 
 
-def _numpy(a: Any) -> Array:
+def on_host(a: Any) -> Array:
+    """An array in numpy."""
     return np.asarray(backend_of(a).to_numpy(a) if hasattr(a, "dtype") else a)

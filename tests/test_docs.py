@@ -49,8 +49,9 @@ def test_other_libraries(front: str, library: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 def test_npe(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
-    (script,) = _blocks("docs/npe.md", front)
-    _run(script.replace("calibration(1000", "calibration(20"), tmp_path, steps=6000)
+    blocks = _blocks("docs/npe.md", front)
+    assert len(blocks) == 2
+    _run("\n".join(blocks).replace("calibration(1000", "calibration(20"), tmp_path, steps=6000)
 
 
 @pytest.mark.slow

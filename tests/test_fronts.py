@@ -57,6 +57,7 @@ def test_files_agree() -> None:
         "fit",
         "flow_module",
         "load_flow",
+        "load_npe",
         "npe",
         "save_flow",
         "to_arviz",
@@ -82,9 +83,14 @@ def test_posterior_methods_agree(name: str) -> None:
 def test_amortized_methods_agree() -> None:
     ours, theirs = (_parameters(front.AmortizedFlow.sample_posterior) for front in _fronts())
     assert {**ours, "rng": None}.keys() == theirs.keys()
+    for name in ("save", "load"):
+        ours, theirs = (_parameters(getattr(front.AmortizedFlow, name)) for front in _fronts())
+        assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ["log_prob", "num_nan", "value_and_score", "split", "unpack", "constrain"])
+@pytest.mark.parametrize(
+    "name", ["log_prob", "minibatch", "num_nan", "value_and_score", "split", "unpack", "constrain"]
+)
 def test_density_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.LogDensity, name))) for front in _fronts())
     assert ours == theirs

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flowppl import fitting, flows, optim, tree
+from flowppl.backend import get_backend
 from flowppl.checkpoint import Checkpoint
 from flowppl.errors import CheckpointError, MissingExtraError
 from flowppl.fitting import Fit, Problem, default_flow, fit_flow, sampler
@@ -19,6 +20,7 @@ from flowppl.flows.affine_end import rescaled, whitening
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.control import Control, no_control
 from flowppl.objectives.covering import chi_square
+from flowppl.objectives.minibatches import anchored
 from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
@@ -201,6 +203,32 @@ def test_chi_square_is_the_gradient_of_its_divergence(backend):
     )
 
 
+def test_an_anchored_minibatch_is_exact_at_zero_and_unbiased_elsewhere(backend):
+    """Four quartic terms, one in each of four minibatches: the mean of what they say is their sum, and so are gradients."""
+    xp = backend.xp
+    like = backend.asarray(xp.zeros(2, dtype=xp.float64))
+    centres = np.random.default_rng(0).standard_normal((4, 2))
+    x = backend.asarray(np.concatenate([np.zeros((1, 2)), np.random.default_rng(1).standard_normal((3, 2))]), like)
+    term = lambda x, i: -xp.sum((x - backend.asarray(centres[i], like)) ** 4, axis=-1)
+    whole = backend.value_and_score(lambda x: sum(term(x, i) for i in range(4)), x)
+    parts = [anchored(lambda x, i=i: 4 * term(x, i), whole[0][0], whole[1][0]) for i in range(4)]
+    found = [backend.value_and_score(part, x) for part in parts]
+    for k in (0, 1):
+        each = np.stack([backend.to_numpy(one[k]) for one in found])
+        np.testing.assert_allclose(each.mean(0), backend.to_numpy(whole[k]), rtol=1e-10)
+        np.testing.assert_allclose(each[:, 0], np.tile(backend.to_numpy(whole[k][0]), (4, *[1] * k)), rtol=1e-10)
+        assert (each[:, 1:].std(0) > 0.1).all()
+
+
+def test_a_minibatch_without_a_density_at_zero_is_taken_as_it_is(backend):
+    x = backend.asarray(np.ones((2, 1)), backend.asarray(backend.xp.zeros(1, dtype=backend.xp.float64)))
+    value, score = backend.value_and_score(
+        anchored(lambda x: backend.xp.log(x[:, 0]), backend.xp.sum(x), backend.xp.sum(x, axis=0)), x
+    )
+    np.testing.assert_allclose(backend.to_numpy(value), 0, atol=1e-12)
+    np.testing.assert_allclose(backend.to_numpy(score), 1)
+
+
 # Training
 
 
@@ -319,6 +347,36 @@ def test_a_killed_run_ends_where_it_would_have(backend, tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.draws[1], whole.draws[1])
 
 
+def test_a_killed_run_of_minibatches_ends_where_it_would_have(tmp_path, monkeypatch):
+    """Their random numbers are those of their chunk, too. A fit that takes all of the data is another one."""
+    pytest.importorskip("torch")
+    backend = get_backend("torch")
+    target, xp = banana(backend.xp), backend.xp
+
+    def noisy(rng, x):
+        return target(x) + xp.sum(backend.normal(rng, (2,), x) * x**2, axis=-1)
+
+    task = problem(backend)._replace(minibatch=noisy, plates={"rows": (100, 10)})
+    covered = []
+    monkeypatch.setattr(fitting, "chi_square", lambda *args: covered.append(args))
+    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
+    whole = fit_flow(task, 3, SMALL, num_samples=100)
+    path = str(tmp_path / "run.ckpt")
+
+    def kill(history):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_flow(task, 3, SMALL, num_samples=100, checkpoint=path, progress=kill)
+    with pytest.raises(CheckpointError, match="plates differ"):
+        fit_flow(problem(backend), 3, SMALL, num_samples=100, checkpoint=path)
+    resumed = fit_flow(task, 3, SMALL, num_samples=100, checkpoint=path)
+    assert resumed.history == whole.history and not covered
+    for a, b in zip(*(tree.leaves(fit.variables) for fit in (resumed, whole)), strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(a), backend.to_numpy(b))
+
+
 def test_kill_9(tmp_path):
     """A process that kills itself while it writes leaves the last whole checkpoint."""
     pytest.importorskip("torch")
@@ -339,8 +397,6 @@ def test_kill_9(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120)
     assert done.returncode == -signal.SIGKILL
-    from flowppl.backend import get_backend
-
     seen = []
     again = fit_flow(
         problem(get_backend("torch")),

@@ -8,6 +8,7 @@ from typing import Any
 
 from flowppl.bijections import Affine, Bijection, Chain, Elementwise, Embedded, LULinear, TorusEnd
 from flowppl.bijections.base import Array
+from flowppl.errors import DimensionError
 from flowppl.flows.flow import Flow
 
 
@@ -34,6 +35,20 @@ def with_encoder(flow: Flow, inputs: int, hidden: tuple[int, ...] | None) -> Flo
         moved = Elementwise(flow.dim, Affine(), flow.context_dim, ())
         bijection = Chain((bijection, moved, LULinear(flow.dim)))
     return replace(flow, bijection=bijection if hidden is None else Embedded(bijection, inputs, hidden))
+
+
+def without_encoder(flow: Flow) -> tuple[Flow, tuple[int, ...], int]:
+    """What `with_encoder` was given: the flow, the hidden widths and the length of the flow's context.
+
+    Raises:
+        DimensionError: it was given no widths.
+    """
+    if not isinstance(embedded := flow.bijection, Embedded):
+        raise DimensionError(f"flow: expected one with an encoder, an Embedded, got a {type(embedded).__name__}")
+    inner = embedded.bijection
+    if isinstance(inner, Chain) and not isinstance(_last(inner), TorusEnd):
+        inner = inner.bijections[0]
+    return replace(flow, bijection=inner), embedded.hidden, embedded.bijection.context_dim
 
 
 def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) -> dict[str, Any]:

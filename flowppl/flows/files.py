@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from flowppl import tree
 from flowppl.backend import backend_of
-from flowppl.config import build, describe
+from flowppl.config import Configured, build, describe
 from flowppl.errors import FlowFileError
 from flowppl.flows.flow import Flow
 
@@ -34,8 +34,27 @@ def write(path: str | os.PathLike[str], flow: Flow, variables: dict[str, Any], e
         variables: What `flow.init` returned, trained or not, of either framework.
         extra: What else belongs to it, as JSON types.
     """
-    arrays = on_host(variables)
-    text = json.dumps({"flow": describe(flow), "extra": extra}, sort_keys=True)
+    _write(path, {"flow": describe(flow), "extra": extra}, on_host(variables))
+
+
+def write_parts(
+    path: str | os.PathLike[str], kind: str, parts: Mapping[str, Configured], variables: Any, extra: dict[str, Any]
+) -> None:
+    """Writes what consists of several flows and networks, as `write` does.
+
+    Args:
+        path: Where to.
+        kind: What they make up: only what is of this kind reads the file.
+        parts: Their descriptions.
+        variables: A tree of all arrays.
+        extra: What else belongs to it, as JSON types.
+    """
+    described = {name: describe(part) for name, part in parts.items()}
+    _write(path, {"kind": kind, "parts": described, "extra": extra}, on_host(variables))
+
+
+def _write(path: str | os.PathLike[str], description: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    text = json.dumps(description, sort_keys=True)
     replace(path, save(arrays, {"format": FORMAT, "description": text, "sha256": _digest(text, arrays)}))
 
 
@@ -64,6 +83,53 @@ def read(path: str | os.PathLike[str]) -> tuple[Flow, dict[str, np.ndarray], dic
     Raises:
         FlowFileError: the file is missing, foreign, truncated or altered, or describes what no flow can be.
     """
+    kind, parts, arrays, extra = _read(path)
+    if kind is not None:
+        raise FlowFileError(f"{path} is of kind {kind!r} and not of a flow: what has saved it loads it")
+    flow = parts["flow"]
+    if not isinstance(flow, Flow):
+        raise FlowFileError(f"{path} describes a {type(flow).__name__}, not a flow")
+    return flow, arrays, extra
+
+
+def read_parts(
+    path: str | os.PathLike[str], kind: str, types: Mapping[str, type]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `write_parts` wrote: the parts, their arrays by name, and the extra.
+
+    Args:
+        path: The file.
+        kind: What it has to be.
+        types: Of the parts that there may be; the first has to be there.
+
+    Raises:
+        FlowFileError: the file is missing, foreign, truncated or altered, of another kind, or has other parts.
+    """
+    found, parts, arrays, extra = _read(path)
+    if found != kind:
+        raise FlowFileError(f"{path} is of {'a flow' if found is None else f'kind {found!r}'} and not of kind {kind!r}")
+    fits = next(iter(types)) in parts and all(isinstance(part, types.get(name, ())) for name, part in parts.items())
+    if not fits:
+        got = ", ".join(f"{name}, a {type(part).__name__}" for name, part in parts.items())
+        raise FlowFileError(f"{path} has not the parts of kind {kind!r}: it has {got or 'none'}")
+    return parts, arrays, extra
+
+
+def require(path: str | os.PathLike[str], extra: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compares what a file says of the model that it was saved for with a model.
+
+    Raises:
+        FlowFileError: they differ.
+    """
+    for name, value in expected.items():
+        if extra.get(name) != value:
+            raise FlowFileError(
+                f"{path} does not fit the model: its {name} are {extra.get(name)}, those of the model {value}"
+            )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+    """The kind (None for a flow alone), parts by name, arrays and extra."""
     try:
         with safe_open(str(path), framework="numpy") as file:
             header = file.metadata() or {}
@@ -80,17 +146,20 @@ def read(path: str | os.PathLike[str]) -> tuple[Flow, dict[str, np.ndarray], dic
         raise FlowFileError(f"{path} is damaged: its checksum does not match; save it again")
     try:
         description = json.loads(text)
-        nodes = _count(description["flow"])
+        kind, extra = description.get("kind"), description["extra"]
+        described = {"flow": description["flow"]} if kind is None else description["parts"]
+        nodes = sum(map(_count, described.values()))
         if nodes > _MAX_NODES:
             raise FlowFileError(f"{path} describes a flow of {nodes} parts: more than {_MAX_NODES}")
-        flow, extra = build(description["flow"], max(1024, sum(a.size for a in arrays.values()))), description["extra"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        largest = max(1024, sum(a.size for a in arrays.values()))
+        parts = {name: build(part, largest) for name, part in described.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, FlowFileError):
             raise
         raise FlowFileError(f"{path} has no valid description: {error}") from error
-    if not isinstance(flow, Flow) or not isinstance(extra, dict):
-        raise FlowFileError(f"{path} describes a {type(flow).__name__}, not a flow")
-    return flow, arrays, extra
+    if not isinstance(extra, dict):
+        raise FlowFileError(f"{path} has no valid description: its extra is a {type(extra).__name__}")
+    return kind, parts, arrays, extra
 
 
 def restore(

@@ -18,7 +18,7 @@ from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import flow_module
 from flowppl.numpyro.objective import Objective, PathELBO
 from flowppl.numpyro.posterior import Posterior, fit
-from flowppl.numpyro.simulator import npe
+from flowppl.numpyro.simulator import load_npe, npe
 
 __all__ = [
     "AmortizedFlow",
@@ -33,6 +33,7 @@ __all__ = [
     "flow_module",
     "from_flowjax",
     "load_flow",
+    "load_npe",
     "npe",
     "save_flow",
     "to_arviz",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,47 +12,24 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
-from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_median
 
 from flowppl import flows
 from flowppl.bijections.base import broadcast, join
-from flowppl.errors import DimensionError
-from flowppl.flows import Flow, Recipe
-from flowppl.flows.affine_end import place, with_affine_end, with_encoder
+from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
+from flowppl.flows import Flow, Recipe, files
+from flowppl.flows.affine_end import place, with_affine_end, with_encoder, without_encoder
 from flowppl.flows.registry import over_latents
 from flowppl.numpyro.distributions import FlowDistribution
+from flowppl.numpyro.files import shapes_of
 from flowppl.numpyro.model_guide import ModelGuide
-from flowppl.numpyro.modules import register
-from flowppl.numpyro.plates import bijection_of_one, plate_sizes
-from flowppl.numpyro.sites import Layout, is_angle, is_latent
+from flowppl.numpyro.modules import as_params, register
+from flowppl.numpyro.plates import Part, bijection_of_one, plate_sizes
+from flowppl.numpyro.sites import Layout, is_latent
 from flowppl.objectives import check_gradient
-from flowppl.plates import split_by_plate
+from flowppl.plates import own_encoder, split_by_plate
 
 Array = Any
-
-
-class _Part(NamedTuple):
-    """The global latents, or the local ones of one element: where each site lives, and how it comes to its support."""
-
-    sites: dict[str, Any]
-    layout: Layout
-    start: Array  # (dim,)
-    bijections: dict[str, Any]
-
-    @property
-    def angles(self) -> list[bool]:
-        """Whether each site is one of angles."""
-        return [is_angle(self.sites[name]["fn"]) for name in self.layout.names]
-
-    def constrain(self, u: Array) -> dict[str, tuple[Array, Array]]:
-        """Values and log-determinants, which have the batch of the values, by site, from `(*batch, dim)`."""
-        values = {}
-        for name, free in self.layout.unpack(u).items():
-            x = self.bijections[name](free)
-            term = self.bijections[name].log_abs_det_jacobian(free, x)
-            values[name] = x, sum_rightmost(term, jnp.ndim(term) - jnp.ndim(x) + self.sites[name]["fn"].event_dim)
-        return values
 
 
 class AmortizedFlow(ModelGuide):
@@ -144,12 +122,12 @@ class AmortizedFlow(ModelGuide):
         free = {name: self._init_locs[name] for name in inside}
         free = {n: jnp.mean(u, axis=tuple(range(len(inside[n]["fn"].batch_shape)))) for n, u in free.items()}
         layout, bijections = Layout(free), {name: bijection_of_one(site, self._dim) for name, site in inside.items()}
-        self._local = _Part(inside, layout, layout.pack(free), bijections)
-        self._global: _Part | None = None
+        self._local = Part(inside, layout, layout.pack(free), bijections)
+        self._global: Part | None = None
         if outside:
             free = {name: self._init_locs[name] for name in outside}
             layout, bijections = Layout(free), {name: biject_to(site["fn"].support) for name, site in outside.items()}
-            self._global = _Part(outside, layout, layout.pack(free), bijections)
+            self._global = Part(outside, layout, layout.pack(free), bijections)
         self._num_features = self._read(args, kwargs, None).shape[1]
 
     def _setup_flow(self) -> None:
@@ -181,7 +159,7 @@ class AmortizedFlow(ModelGuide):
             f"{self.prefix}_{name}", flow, lambda key: place(flow, flow.init(key, like=start), start, scale_tril)
         )
 
-    def _of_global(self, part: _Part) -> FlowDistribution:
+    def _of_global(self, part: Part) -> FlowDistribution:
         variables = self._variables("global", self._global_flow, part.start)
         return FlowDistribution(self._global_flow, variables, gradient=self._gradient)
 
@@ -193,7 +171,7 @@ class AmortizedFlow(ModelGuide):
         context = context if self._encoder is None else self._encoder(context)
         return FlowDistribution(self._local_flow, variables, context, gradient=self._gradient)
 
-    def _sample(self, name: str, fn: FlowDistribution, part: _Part) -> tuple[Array, dict[str, Array]]:
+    def _sample(self, name: str, fn: FlowDistribution, part: Part) -> tuple[Array, dict[str, Array]]:
         """Samples a flow, and the sites that it covers as deterministic maps of it."""
         u = numpyro.sample(f"_{self.prefix}_{name}", fn, infer={"is_auxiliary": True})
         values = {}
@@ -239,3 +217,92 @@ class AmortizedFlow(ModelGuide):
             return {name: x for name, (x, _) in {**values, **self._local.constrain(local)}.items()}
 
         return handlers.substitute(handlers.seed(draw, rng_key), params)()
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str], params: dict[str, Any]) -> None:
+        """Saves the trained flows with the built-in encoder, and the sites they cover; the file loads in both fronts.
+
+        Args:
+            path: Where to; an older file is replaced only when the new one is whole.
+            params: The guide's parameters.
+
+        Raises:
+            FlowFileError: the encoder is of the user's own.
+        """
+        self._require_prototype()
+        if self._encoder is not None:
+            raise own_encoder("params")
+
+        def variables() -> dict[str, Any]:
+            found = {"local": self._variables("local", self._local_flow, self._local.start)}
+            if self._global is not None:
+                found["global"] = self._variables("global", self._global_flow, self._global.start)
+            return found
+
+        arrays = handlers.substitute(handlers.seed(variables, 0), params)()
+        files.write_parts(path, type(self).__name__, self._flows, arrays, self._description)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Callable,
+        features: Callable,
+        *args: Any,
+        prefix: str = "auto",
+        **kwargs: Any,
+    ) -> tuple[AmortizedFlow, dict[str, Any]]:
+        """Loads a guide for a model, which is needed again with what makes its features, and data that need not be the same.
+
+        Args:
+            path: The file.
+            model: The model.
+            features: See `AmortizedFlow`.
+            args: The model's arguments.
+            prefix: Prefix of the guide's own sites.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The guide, ready to sample, and its parameters.
+
+        Raises:
+            FlowFileError: the file is not whole, or does not fit the model's sites or its features.
+        """
+        parts, arrays, extra = files.read_parts(path, cls.__name__, {"local": Flow, "global": Flow})
+        files.restore(arrays, lambda: shapes_of(parts), jnp.zeros(()))  # a hostile description ends here
+        try:
+            flow, hidden, embedding = without_encoder(parts["local"])
+            guide = cls(
+                model,
+                features,
+                str(extra.get("plate")),
+                flow,
+                parts.get("global", "affine"),
+                hidden=hidden,
+                embedding=embedding,
+                prefix=prefix,
+            )
+            guide._setup(jax.random.key(0), args, kwargs)
+        except (DimensionError, UnsupportedModelError) as error:
+            raise FlowFileError(f"{path} does not fit the model: {error}") from error
+        files.require(path, extra, guide._description)
+        files.require(path, {"flows": parts}, {"flows": guide._flows})
+        found = files.restore(arrays, lambda: shapes_of(parts), guide._local.start)
+        params = [as_params(f"{prefix}_{name}", variables) for name, variables in found.items()]
+        return guide, {name: value for one in params for name, value in one.items()}
+
+    @property
+    def _flows(self) -> dict[str, Flow]:
+        return {"local": self._local_flow, **({} if self._global is None else {"global": self._global_flow})}
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        """What of a model a file has to fit; the unconstrained form of an angle is not the same in both languages."""
+        parts = [part for part in (self._local, self._global) if part is not None]
+        sites = [part.layout.description for part in parts]
+        angles = [
+            [k, "boxed"] for part in parts for k, angle in zip(part.layout.names, part.angles, strict=True) if angle
+        ]
+        found = {"sites": sites[0], "global sites": sites[1] if sites[1:] else [], "angles": angles}
+        return {"plate": self._plate, **found, "features": self._num_features}

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro import handlers
 from numpyro.infer.initialization import init_to_median
-from numpyro.infer.util import initialize_model
+from numpyro.infer.util import initialize_model, potential_energy
 
-from flowppl.backend import get_backend
-from flowppl.errors import UnsupportedModelError
-from flowppl.numpyro.sites import Layout
+from flowppl.numpyro.plates import FullPlates
+from flowppl.numpyro.sites import Layout, is_latent
+from flowppl.plates import in_plates, needs_all, refuse_local, rows_at_a_time
 
 Array = Any
 
@@ -22,7 +23,8 @@ Array = Any
 class LogDensity:
     """The unnormalised log density of a model's latents, in unconstrained space, flat and batched.
 
-    Coordinates are the sites in the order of their names. NaN becomes -inf, so that a sampler rejects it.
+    Coordinates are the sites in the order of their names. NaN becomes -inf, so that a sampler rejects it. Where a plate subsamples,
+    the density is that of all of the data, a few points at a time; `minibatch` estimates it.
 
     Args:
         model: The model; discrete latents marked for enumeration are summed out.
@@ -36,9 +38,10 @@ class LogDensity:
         init: A start `(dim,)`.
         names: The latent sites.
         shapes: Their unconstrained shapes.
+        plates: Those that subsample: their full size, and how much of it the model asks for, by name.
 
     Raises:
-        UnsupportedModelError: a plate subsamples.
+        UnsupportedModelError: a plate subsamples, and has latents in it or fails without subsampling, or a latent is enumerated.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -60,18 +63,21 @@ class LogDensity:
         init_loc_fn: Callable = init_to_median,
     ) -> None:
         key = jax.random.key(0) if rng is None else rng
-        self._model, self._args, self._kwargs = model, args, kwargs or {}
+        full = FullPlates(model)
+        self._model, self._full, self._args, self._kwargs = model, full, args, kwargs or {}
         self._key, self._init_loc_fn = key, init_loc_fn
-        info = self._initialize(model)
+        try:
+            info = self._initialize(full)
+        except (TypeError, ValueError) as error:
+            if full.found:
+                raise needs_all(error, full.found) from error
+            raise
+        self.plates = dict(full.found)
         # By name: NumPyro adds the log-Jacobians as observed sites of its own.
         trace = info.model_trace.items()
-        for name, site in trace:
-            size, subsample_size = site["args"][:2] if site["type"] == "plate" else (None, None)
-            if subsample_size not in (None, size):
-                raise UnsupportedModelError(
-                    f"plate {name!r} subsamples {subsample_size} of {size}: a density needs all of the data, so run the "
-                    "model without subsampling"
-                )
+        refuse_local({name: site for name, site in trace if is_latent(site)}, self.plates)
+        self._rows = rows_at_a_time((site for _, site in trace if "cond_indep_stack" in site), self.plates)
+        self._local = [name for name, site in trace if site["type"] == "deterministic" and in_plates(site, self.plates)]
         self._observed = [name for name, site in trace if site["type"] == "sample" and site["is_observed"]]
         self._potential = info.potential_fn(*args, **self._kwargs)
         self._postprocess = handlers.seed(info.postprocess_fn(*args, **self._kwargs), key)
@@ -83,8 +89,29 @@ class LogDensity:
 
     def log_prob(self, u: Array) -> Array:
         """Log density at u `(batch, dim)`, with the log-Jacobian of the constraints, `(batch,)`."""
-        value = self._raw(u)
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+        return _finite(self._raw(u))
+
+    def minibatch(self, rng: Array, u: Array) -> Array:
+        """Log density at u `(batch, dim)` as one minibatch estimates it, the same for all points and without bias, `(batch,)`.
+
+        Where no plate subsamples, it is `log_prob`.
+
+        Args:
+            rng: A key, from which the model's plates draw.
+            u: The points.
+        """
+        if not self.plates:
+            return self.log_prob(u)
+        model = handlers.seed(self._model, rng)
+        with jax.ensure_compile_time_eval():  # traced indices cannot index numpy's arrays
+            given = (self._args, self._kwargs)
+            args, kwargs = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, given)
+
+        def one(u: Array) -> Array:
+            with handlers.block():
+                return -potential_energy(model, args, kwargs, self._layout.unpack(u))
+
+        return _finite(jax.vmap(one)(u))
 
     def num_nan(self, u: Array) -> Array:
         """How many of the points u `(batch, dim)` have a NaN density."""
@@ -92,15 +119,14 @@ class LogDensity:
 
     def value_and_score(self, u: Array) -> tuple[Array, Array]:
         """Log density `(batch,)` and its gradient `(batch, dim)`."""
-        return get_backend("jax").value_and_score(self.log_prob, u)
+        return self._each(jax.value_and_grad(lambda u: _finite(self._one(u))), u)
 
     def split(self, u: Array) -> tuple[Array, Array]:
         """Log prior (with the log-Jacobian) and log likelihood, each `(batch,)`; they add up to `log_prob`.
 
         The prior is the density of the model without its observed sites; both sum over enumerated latents.
         """
-        prior = jax.vmap(lambda u: -self._prior_potential(self._layout.unpack(u)))(u)
-        prior = jnp.where(jnp.isnan(prior), -jnp.inf, prior)
+        prior = _finite(self._each(lambda u: -self._prior_potential(self._layout.unpack(u)), u))
         impossible = jnp.isneginf(prior)
         return prior, jnp.where(impossible, 0.0, self.log_prob(u) - jnp.where(impossible, 0.0, prior))
 
@@ -109,17 +135,28 @@ class LogDensity:
         return self._layout.unpack(u)
 
     def constrain(self, u: Array) -> dict[str, Array]:
-        """Values by site, deterministic sites included, from u `(*batch, dim)`."""
-        values = jax.vmap(lambda u: self._postprocess(self._layout.unpack(u)))(u.reshape(-1, self.dim))
+        """Values by site, from u `(*batch, dim)`, with deterministic sites but for those in plates that subsample."""
+        values = self._each(self._values, u.reshape(-1, self.dim))
         return jax.tree.map(lambda a: a.reshape(*u.shape[:-1], *a.shape[1:]), values)
 
+    def _values(self, u: Array) -> dict[str, Array]:
+        values = self._postprocess(self._layout.unpack(u))
+        return {name: value for name, value in values.items() if name not in self._local}
+
+    def _one(self, u: Array) -> Array:
+        return -self._potential(self._layout.unpack(u))
+
     def _raw(self, u: Array) -> Array:
-        return jax.vmap(lambda u: -self._potential(self._layout.unpack(u)))(u)
+        return self._each(self._one, u)
+
+    def _each(self, function: Callable, u: Array) -> Any:
+        """A function of every point: of all at once, or of a few where each needs all of the data of plates that subsample."""
+        return jax.lax.map(function, u, batch_size=self._rows) if self.plates else jax.vmap(function)(u)
 
     @cached_property
     def _prior_potential(self) -> Callable:
         with jax.ensure_compile_time_eval():  # `split` may be under jit
-            info = self._initialize(handlers.block(self._model, hide=self._observed))
+            info = self._initialize(handlers.block(self._full, hide=self._observed))
         return info.potential_fn(*self._args, **self._kwargs)
 
     def _initialize(self, model: Callable) -> Any:
@@ -133,3 +170,7 @@ class LogDensity:
                 model_kwargs=self._kwargs,
                 validate_grad=False,
             )
+
+
+def _finite(log_prob: Array) -> Array:
+    return jnp.where(jnp.isnan(log_prob), -jnp.inf, log_prob)

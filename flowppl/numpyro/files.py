@@ -42,6 +42,11 @@ def load_flow(path: str | os.PathLike[str]) -> tuple[Flow, dict[str, Any]]:
     return flow, restore(flow, arrays)
 
 
+def shapes_of(flows: dict[str, Flow]) -> dict[str, Any]:
+    """Abstract variables of flows, by name."""
+    return {name: jax.eval_shape(flow.init, jax.random.key(0)) for name, flow in flows.items()}
+
+
 def restore(flow: Flow, arrays: dict[str, Any], like: Any = None) -> dict[str, Any]:
     """A file's arrays as the flow's variables, in the dtype of `like` (None: jax's default)."""
     like = jnp.zeros(()) if like is None else like

@@ -1,20 +1,47 @@
-"""A plate of local latents: the bijection of one element, and the sizes that a model asks for."""
+"""Plates: latents in one and beside it, the sizes that a model asks for, and plates that have all of their data."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
 from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.primitives import Messenger
 
 from flowppl.errors import UnsupportedModelError
+from flowppl.numpyro.sites import Layout, is_angle
 from flowppl.plates import differs
+
+Array = Any
+
+
+class Part(NamedTuple):
+    """The global latents, or the local ones of one element: where each site lives, and how it comes to its support."""
+
+    sites: dict[str, Any]
+    layout: Layout
+    start: Array  # (dim,)
+    bijections: dict[str, Any]
+
+    @property
+    def angles(self) -> list[bool]:
+        """Whether each site is one of angles."""
+        return [is_angle(self.sites[name]["fn"]) for name in self.layout.names]
+
+    def constrain(self, u: Array) -> dict[str, tuple[Array, Array]]:
+        """Values and log-determinants, which have the batch of the values, by site, from `(*batch, dim)`."""
+        values = {}
+        for name, free in self.layout.unpack(u).items():
+            x = self.bijections[name](free)
+            term = self.bijections[name].log_abs_det_jacobian(free, x)
+            values[name] = x, sum_rightmost(term, jnp.ndim(term) - jnp.ndim(x) + self.sites[name]["fn"].event_dim)
+        return values
 
 
 def bijection_of_one(site: dict[str, Any], dim: int) -> Any:
@@ -65,3 +92,22 @@ def plate_sizes(model: Callable, plate: str, args: tuple, kwargs: dict[str, Any]
     if stop.sizes is None:
         raise UnsupportedModelError(f"plate: with these arguments the model opens no plate {plate!r}")
     return stop.sizes
+
+
+class FullPlates(Messenger):
+    """Gives plates their full size where a model would subsample, around the model.
+
+    Attributes:
+        found: What would have subsampled: its full size, and how much of it is asked for, by name.
+    """
+
+    def __init__(self, fn: Callable | None = None) -> None:
+        super().__init__(fn)
+        self.found: dict[str, tuple[int, int]] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """See NumPyro."""
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            size, _ = self.found[msg["name"]] = msg["args"]
+            with jax.ensure_compile_time_eval():  # numbers, which may index numpy's arrays
+                msg["args"], msg["value"] = (size, size), jnp.arange(size)

@@ -17,6 +17,7 @@ from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.modules import as_params
+from flowppl.numpyro.plates import FullPlates
 from flowppl.numpyro.precise import Precise
 from flowppl.optim import Optimizer
 from flowppl.pathfinder import pathfinder
@@ -47,6 +48,10 @@ def fit(
 
     It computes in float64 where the model allows it. A result that is not to be trusted comes with a `FitWarning`.
 
+    Where a plate subsamples, each step of the training sees one fresh minibatch, shared by all particles. The start, the weights
+    and all that is made of them take all of the data, a few draws at a time. Training for the tails is left out: its divergence
+    is not linear in the log density, so minibatches would bias it.
+
     Args:
         model: The model; discrete latents marked for enumeration are summed out.
         args: Its positional arguments.
@@ -65,7 +70,8 @@ def fit(
         kwargs: The model's keyword arguments.
 
     Raises:
-        UnsupportedModelError: the model has latents that a flow cannot cover.
+        UnsupportedModelError: the model has latents that a flow cannot cover; or a plate subsamples, and has latents in it (see
+            `AmortizedFlow`) or fails without subsampling.
         NonFiniteError: its log density is finite at no start.
         CheckpointError: the checkpoint is of another fit.
 
@@ -132,14 +138,14 @@ class Posterior(WeightedPosterior):
             kwargs: Keyword arguments.
         """
         with self._view.precise.context():
-            predictive = Predictive(self._view.model, self.resample(num_samples, seed))
+            predictive = Predictive(FullPlates(self._view.model), self.resample(num_samples, seed))
             return {name: np.asarray(x) for name, x in predictive(jax.random.key(seed), *args, **kwargs).items()}
 
     def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
         view = self._view
         with view.precise.context():
             latent = {name: samples[name] for name in view.density.names}
-            found = log_likelihood(view.model, latent, *view.args, **view.kwargs)
+            found = log_likelihood(FullPlates(view.model), latent, *view.args, **view.kwargs)
             return {name: np.asarray(x) for name, x in found.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -184,7 +190,12 @@ class _View:
         with self.precise.context():
             like = jnp.zeros(density.dim, self.precise.dtype)
         self.problem = Problem(
-            self.guide._flow, density.log_prob, lambda seed: pathfinder(self.precise, start, seed), like
+            self.guide._flow,
+            density.log_prob,
+            lambda seed: pathfinder(self.precise, start, seed),
+            like,
+            density.minibatch if density.plates else None,
+            density.plates,
         )
 
     def constrain(self, u: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from numpyro.distributions import biject_to
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
-from flowppl.npe import Amortized, amortize
+from flowppl.npe import Amortized, restored
+from flowppl.npe_training import amortize
 from flowppl.numpyro.sites import Layout, Trace, is_latent, refuse_moving_supports
 from flowppl.simulations import Data, choose_sites, not_continuous
 
@@ -99,6 +101,34 @@ def npe(
         learning_rate=learning_rate,
         progress_bar=progress_bar,
     )
+
+
+def load_npe(
+    path: str | os.PathLike[str],
+    model: Callable,
+    *args: Any,
+    observed: str | Sequence[str],
+    latents: str | Sequence[str] | None = None,
+    summary: Callable[[dict[str, Array]], Array] | None = None,
+    **kwargs: Any,
+) -> Amortized:
+    """Loads what `save` of the result of `npe` wrote, in either front: what the model is and what is observed is needed again.
+
+    Args:
+        path: The file.
+        model: The model.
+        args: Its positional arguments.
+        observed: The sites that are data.
+        latents: The sites that are inferred; None: all that are drawn and not observed.
+        summary: Statistics of the data; the same as in training, which no file can tell.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        FlowFileError: the file is not whole, or does not fit the model's sites or its features.
+        SiteError: a name is not a site that can be simulated.
+        UnsupportedModelError: see `npe`.
+    """
+    return restored(path, _Simulator(model, args, kwargs, observed, latents, summary))
 
 
 class _Simulator:

@@ -92,6 +92,11 @@ class Layout:
         self.sizes = [math.prod(self.shapes[name]) for name in self.names]
         self.dim = sum(self.sizes)
 
+    @property
+    def description(self) -> list[list[Any]]:
+        """Sites and sizes, as JSON types: what a file has to fit."""
+        return [[name, size] for name, size in zip(self.names, self.sizes, strict=True)]
+
     def pack(self, values: dict[str, Array]) -> Array:
         """`(*batch, dim)` from arrays `(*batch, *shape)`."""
         batches = {name: jnp.shape(v)[: jnp.ndim(v) - len(self.shapes[name])] for name, v in values.items()}

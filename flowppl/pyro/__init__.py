@@ -17,7 +17,7 @@ from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.modules import flow_module
 from flowppl.pyro.objective import Objective, PathELBO
 from flowppl.pyro.posterior import Posterior, fit
-from flowppl.pyro.simulator import npe
+from flowppl.pyro.simulator import load_npe, npe
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "flow_module",
     "from_zuko",
     "load_flow",
+    "load_npe",
     "npe",
     "save_flow",
     "to_arviz",

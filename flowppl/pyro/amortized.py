@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from flowppl import flows
+from flowppl import flows, tree
 from flowppl.bijections.base import broadcast, join
-from flowppl.errors import DimensionError
-from flowppl.flows import Flow, Recipe
-from flowppl.flows.affine_end import place, with_affine_end, with_encoder
+from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
+from flowppl.flows import Flow, Recipe, files
+from flowppl.flows.affine_end import place, with_affine_end, with_encoder, without_encoder
 from flowppl.flows.registry import over_latents
 from flowppl.objectives import check_gradient
-from flowppl.plates import split_by_plate
+from flowppl.plates import own_encoder, split_by_plate
 from flowppl.pyro.distributions import FlowDistribution
 from flowppl.pyro.model_guide import ModelGuide
-from flowppl.pyro.modules import FlowParameters
-from flowppl.pyro.plates import bijection_of_one, plate_sizes
-from flowppl.pyro.sites import Layout, among_plates, is_angle, unconstrained
-
-
-class _Part(NamedTuple):
-    """The global latents, or the local ones of one element: where each site lives, and how it comes to its support."""
-
-    sites: dict[str, Any]
-    layout: Layout
-    bijections: dict[str, Any]
-
-    @property
-    def angles(self) -> list[bool]:
-        """Whether each site is one of angles."""
-        return [is_angle(self.sites[name]["fn"]) for name in self.layout.names]
-
-    def constrain(self, free: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Values and log-determinants, which have the batch of the values, by site, from unconstrained values."""
-        values = {}
-        for name, u in free.items():
-            x = self.bijections[name](u)
-            term = self.bijections[name].log_abs_det_jacobian(u, x)
-            values[name] = x, sum_rightmost(term, term.dim() - x.dim() + self.sites[name]["fn"].event_dim)
-        return values
+from flowppl.pyro.modules import FlowParameters, template
+from flowppl.pyro.plates import Part, bijection_of_one, plate_sizes
+from flowppl.pyro.sites import Layout, among_plates, unconstrained
 
 
 class AmortizedFlow(ModelGuide):
@@ -138,11 +116,11 @@ class AmortizedFlow(ModelGuide):
             name: u.flatten(0, len(inside[name]["fn"].batch_shape) - 1) for name, u in unconstrained(inside).items()
         }
         layout = Layout({name: u.mean(0) for name, u in free.items()})
-        self._local = _Part(inside, layout, {name: bijection_of_one(site, self._dim) for name, site in inside.items()})
-        self._global: _Part | None = None
+        self._local = Part(inside, layout, {name: bijection_of_one(site, self._dim) for name, site in inside.items()})
+        self._global: Part | None = None
         if outside:
             bijections = {name: biject_to(site["fn"].support) for name, site in outside.items()}
-            self._global = _Part(outside, Layout(unconstrained(outside)), bijections)
+            self._global = Part(outside, Layout(unconstrained(outside)), bijections)
         self._num_features = self._read(args, kwargs, None).shape[1]
 
     def _setup_flow(self) -> None:
@@ -193,7 +171,7 @@ class AmortizedFlow(ModelGuide):
     def _sample_latent(self, name: str, fn: FlowDistribution) -> Tensor:
         return pyro.sample(f"_{self._pyro_name}_{name}", fn, infer={"is_auxiliary": True})
 
-    def _sample_global(self, part: _Part) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sample_global(self, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples the flow and, as deterministic maps of it, the sites that it covers, in their own plates."""
         u, values = self._sample_latent("global", self._of_global()), {}
         parts, shapes = part.layout.unpack(u), part.layout.shapes
@@ -243,6 +221,78 @@ class AmortizedFlow(ModelGuide):
             u = u.reshape(*shape, *(1,) * -self._dim, -1)
         local = _draw(rng, self._of_local(features, u), shape if u is None else ())
         return {name: x for name, (x, _) in {**values, **self._local.constrain(self._free_local(local))}.items()}
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the trained flows with the built-in encoder, and the sites they cover; the file loads in both fronts.
+
+        Args:
+            path: Where to; an older file is replaced only when the new one is whole.
+
+        Raises:
+            FlowFileError: the encoder is of the user's own.
+        """
+        variables = self._arrays()
+        if self.encoder is not None:
+            raise own_encoder("guide.state_dict()")
+        files.write_parts(path, type(self).__name__, self._flows, variables, self._description)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Callable, features: Callable, *args: Any, **kwargs: Any
+    ) -> AmortizedFlow:
+        """Loads a guide for a model, which is needed again with what makes its features, and data that need not be the same.
+
+        Args:
+            path: The file.
+            model: The model.
+            features: See `AmortizedFlow`.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The guide, ready to sample.
+
+        Raises:
+            FlowFileError: the file is not whole, or does not fit the model's sites or its features.
+        """
+        parts, arrays, extra = files.read_parts(path, cls.__name__, {"local": Flow, "global": Flow})
+        shapes = lambda: {name: template(flow) for name, flow in parts.items()}
+        files.restore(arrays, shapes, torch.empty(0))  # a hostile description ends here
+        try:
+            flow, hidden, embedding = without_encoder(parts["local"])
+            of_global = parts.get("global", "affine")
+            guide = cls(model, features, str(extra.get("plate")), flow, of_global, hidden=hidden, embedding=embedding)
+            guide.setup(*args, **kwargs)
+        except (DimensionError, UnsupportedModelError) as error:
+            raise FlowFileError(f"{path} does not fit the model: {error}") from error
+        files.require(path, extra, guide._description)
+        files.require(path, {"flows": parts}, {"flows": guide._flows})
+        found = files.restore(arrays, shapes, guide._local.layout.start)
+        with torch.no_grad():
+            for old, new in zip(tree.leaves(guide._arrays()), tree.leaves(found), strict=True):
+                old.copy_(new)
+        return guide
+
+    @property
+    def _flows(self) -> dict[str, Flow]:
+        return {"local": self._local_flow, **({} if self._global is None else {"global": self._global_flow})}
+
+    def _arrays(self) -> dict[str, Any]:
+        local = self._variables_in("local_parameters")
+        return {"local": local, **({} if self._global is None else {"global": self._variables_in("global_parameters")})}
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        """What of a model a file has to fit; the unconstrained form of an angle is not the same in both languages."""
+        parts = [part for part in (self._local, self._global) if part is not None]
+        sites = [part.layout.description for part in parts]
+        angles = [
+            [k, "turns"] for part in parts for k, angle in zip(part.layout.names, part.angles, strict=True) if angle
+        ]
+        found = {"sites": sites[0], "global sites": sites[1] if sites[1:] else [], "angles": angles}
+        return {"plate": self._plate, **found, "features": self._num_features}
 
 
 def _draw(rng: torch.Generator | None, fn: FlowDistribution, shape: tuple[int, ...]) -> Tensor:

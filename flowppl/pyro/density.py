@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from flowppl.backend import backend_of
 from flowppl.errors import DimensionError, UnsupportedModelError
+from flowppl.plates import in_plates, needs_all, refuse_local, rows_at_a_time
+from flowppl.pyro.plates import chosen
 from flowppl.pyro.sites import (
     Layout,
     Unconstrain,
@@ -41,7 +44,8 @@ class LogDensity:
     Coordinates are the sites in the order of their names. A support may depend on other latents, and discrete latents
     marked by `config_enumerate` are summed out. NaN becomes -inf, so that a sampler rejects it. A batch goes through
     `torch.func.vmap`, or an outermost plate, or, with a warning, row by row: the first that agrees with the plain call
-    on two rows.
+    on two rows. Where a plate subsamples, the density is that of all of the data, a few points at a time; `minibatch`
+    estimates it.
 
     Args:
         model: The model.
@@ -55,10 +59,11 @@ class LogDensity:
         init: A start `(dim,)`.
         names: The latent sites.
         shapes: Their unconstrained shapes.
+        plates: Those that subsample: their full size, and how much of it the model asks for, by name.
 
     Raises:
-        UnsupportedModelError: a latent is discrete and not enumerated, or has no bijection from real vectors, or a
-            plate subsamples.
+        UnsupportedModelError: a latent is discrete and not enumerated, or has no bijection from real vectors; or a plate
+            subsamples, and has latents in it, is told its elements, or fails without subsampling, or a latent is enumerated.
 
     Example:
         >>> import pyro, torch
@@ -81,7 +86,7 @@ class LogDensity:
         init_loc_fn: Callable = init_to_median,
     ) -> None:
         self._model, self._args, self._kwargs = model, tuple(args), dict(kwargs or {})
-        with seeded(rng), torch.no_grad(), poutine.block():
+        with seeded(rng), torch.no_grad(), poutine.block(), chosen() as plates:
             start = InitMessenger(start_from(init_loc_fn))
             with start, poutine.block(hide_fn=hide_enumerated):
                 nodes = poutine.trace(model).get_trace(*self._args, **self._kwargs).nodes
@@ -89,10 +94,14 @@ class LogDensity:
         latents = {name: s for name, s in self._sites.items() if is_latent(s) and not is_enumerated(s)}
         if not latents:
             raise UnsupportedModelError("the model has no continuous latent sites: there is nothing to infer")
+        self.plates = dict(plates)
+        refuse_local({name: site for name, site in self._sites.items() if is_latent(site)}, self.plates)
         for where in filter(None, map(subsampled, self._sites.values())):
             raise UnsupportedModelError(
-                f"{where}: a density needs all of the data, so run the model without subsampling"
+                f"{where} that it is told: a density needs all of the data, so run the model without subsampling, or let the "
+                "plate choose"
             )
+        self._rows = rows_at_a_time(self._sites.values(), self.plates)
         self._enumerates = any(map(is_enumerated, self._sites.values()))
         self._plates = max(
             (-f.dim for s in self._sites.values() for f in s["cond_indep_stack"] if f.vectorized), default=0
@@ -100,11 +109,33 @@ class LogDensity:
         self._layout = Layout(unconstrained(latents))
         self.names, self.dim, self.init = self._layout.names, self._layout.dim, self._layout.start
         self.shapes = self._layout.shapes
-        self._terms = self._first_that_agrees()
+        try:
+            with chosen():
+                self._terms = self._first_that_agrees()
+        except (RuntimeError, ValueError) as error:
+            if self.plates:
+                raise needs_all(error, self.plates) from error
+            raise
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Log density at u `(batch, dim)`, with the log-Jacobian of the constraints, `(batch,)`."""
         return _finite(self._raw(u))
+
+    def minibatch(self, rng: torch.Generator | None, u: Tensor) -> Tensor:
+        """Log density at u `(batch, dim)` as one minibatch estimates it, the same for all points and without bias, `(batch,)`.
+
+        Where no plate subsamples, it is `log_prob`.
+
+        Args:
+            rng: A `torch.Generator` (None: torch's global one), from which elements of the model's plates are drawn.
+            u: The points.
+        """
+        if not self.plates:
+            return self.log_prob(u)
+        device = None if rng is None else rng.device
+        drawn = {name: torch.randperm(n, generator=rng, device=device)[:k] for name, (n, k) in self.plates.items()}
+        with chosen({name: at.to(u.device) for name, at in drawn.items()}):
+            return _finite(self._sum(u))
 
     def num_nan(self, u: Tensor) -> Tensor:
         """How many of the points u `(batch, dim)` have a NaN density."""
@@ -113,11 +144,11 @@ class LogDensity:
 
     def value_and_score(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log density `(batch,)` and its gradient `(batch, dim)`."""
-        return backend_of(u).value_and_score(self.log_prob, u)
+        return self._in_parts(partial(backend_of(u).value_and_score, self.log_prob), u)
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior (with the log-Jacobian) and log likelihood, each `(batch,)`; they add up to `log_prob`."""
-        log_prior, log_likelihood, _ = self._terms(self._checked(u))
+        log_prior, log_likelihood = self._in_parts(lambda u: self._terms(self._checked(u))[:2], u)
         return _finite(log_prior), _finite(log_likelihood)
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
@@ -125,17 +156,30 @@ class LogDensity:
         return self._layout.unpack(u)
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        """Values by site, deterministic sites included, from u `(*batch, dim)`."""
-        values = self._terms(self._checked(u.reshape(-1, u.shape[-1])))[2]
+        """Values by site, from u `(*batch, dim)`, with deterministic sites but for those in plates that subsample."""
+        any_of_them = {name: torch.arange(k, device=u.device) for name, (_, k) in self.plates.items()}
+        with chosen(any_of_them):
+            values = self._terms(self._checked(u.reshape(-1, u.shape[-1])))[2]
         return {name: x.reshape(u.shape[:-1] + x.shape[1:]) for name, x in values.items()}
 
     def _raw(self, u: Tensor) -> Tensor:
+        return self._in_parts(lambda u: (self._sum(u),), u)[0]
+
+    def _in_parts(self, function: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor) -> tuple[Tensor, ...]:
+        """A function of points: of all at once, or of a few where each needs all of the data of plates that subsample."""
+        if not self.plates:
+            return function(u)
+        with chosen():
+            parts = [function(part) for part in u.split(self._rows)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _sum(self, u: Tensor) -> Tensor:
         try:
             log_prior, log_likelihood, _ = self._terms(self._checked(u))
         except torch.linalg.LinAlgError:  # a matrix of one point that has no Cholesky factor spoils the whole batch
             if len(u) == 1:
                 return torch.nan * u.sum(-1)
-            return torch.cat([self._raw(half) for half in u.chunk(2)])
+            return torch.cat([self._sum(half) for half in u.chunk(2)])
         return log_prior + log_likelihood
 
     def _checked(self, u: Tensor) -> Tensor:
@@ -195,11 +239,8 @@ class LogDensity:
                 )
         log_prior = sum(map(total, latents.log_dets), start=log_prior)
         # A deterministic site may have a value for each enumerated one.
-        shown = (
-            {}
-            if self._enumerates
-            else {name: s["value"] for name, s in sites.items() if s["infer"].get("_deterministic")}
-        )
+        known = {} if self._enumerates else {k: s for k, s in sites.items() if s["infer"].get("_deterministic")}
+        shown = {k: s["value"] for k, s in known.items() if not in_plates(s, self.plates)}
         return log_prior, log_likelihood, {**latents.values, **shown}
 
     def _sum_out(self, sites: dict[str, Any]) -> Tensor:

@@ -49,4 +49,4 @@ class FlatGuide(ModelGuide, AutoContinuous):
 
     @property
     def _site_sizes(self) -> list[list[Any]]:
-        return [[name, size] for name, size in zip(self._layout.names, self._layout.sizes, strict=True)]
+        return self._layout.description

@@ -1,15 +1,17 @@
-"""A plate of local latents: the bijection of one element, and the sizes that a model asks for."""
+"""Plates: latents in one and beside it, the sizes that a model asks for, and plates that have all of their data."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -17,6 +19,29 @@ from torch.distributions.constraints import Constraint
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.plates import differs
+from flowppl.pyro.sites import Layout, is_angle
+
+
+class Part(NamedTuple):
+    """The global latents, or the local ones of one element: where each site lives, and how it comes to its support."""
+
+    sites: dict[str, Any]
+    layout: Layout
+    bijections: dict[str, Any]
+
+    @property
+    def angles(self) -> list[bool]:
+        """Whether each site is one of angles."""
+        return [is_angle(self.sites[name]["fn"]) for name in self.layout.names]
+
+    def constrain(self, free: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Values and log-determinants, which have the batch of the values, by site, from unconstrained values."""
+        values = {}
+        for name, u in free.items():
+            x = self.bijections[name](u)
+            term = self.bijections[name].log_abs_det_jacobian(u, x)
+            values[name] = x, sum_rightmost(term, term.dim() - x.dim() + self.sites[name]["fn"].event_dim)
+        return values
 
 
 def bijection_of_one(site: Any, dim: int) -> Any:
@@ -77,3 +102,36 @@ def plate_sizes(model: Callable, plate: str, args: tuple, kwargs: dict[str, Any]
     if stop.opened is None:
         raise UnsupportedModelError(f"plate: with these arguments the model opens no plate {plate!r}")
     return stop.opened
+
+
+@contextlib.contextmanager
+def chosen(indices: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, tuple[int, int]]]:
+    """Chooses what plates that would subsample have inside the context, in whatever model: all of their data, or what is given.
+
+    Pyro compares what a handler gives to a plate with how much of it was asked for, so that no handler could make it full.
+
+    Args:
+        indices: By the names of the plates, as many as they ask for; None for all.
+
+    Yields:
+        Full sizes and subsample sizes by name, of plates as they open.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    before = SubsampleMessenger._subsample
+
+    def choose(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
+    ) -> tuple[int, int, Any]:
+        if size is not None and subsample is None and subsample_size is not None and subsample_size < size:
+            found[name] = size, subsample_size
+            if indices is None:
+                subsample_size = size
+            else:
+                subsample = indices.get(name)
+        return before(name, size, subsample_size, subsample, *rest)
+
+    SubsampleMessenger._subsample = staticmethod(choose)
+    try:
+        yield found
+    finally:
+        SubsampleMessenger._subsample = staticmethod(before)

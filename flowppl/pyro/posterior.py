@@ -21,6 +21,7 @@ from flowppl.pathfinder import one_turn, pathfinder
 from flowppl.posterior import WeightedPosterior, coordinates
 from flowppl.pyro.density import seeded
 from flowppl.pyro.guides import AutoFlow
+from flowppl.pyro.plates import chosen
 from flowppl.pyro.precise import Precise
 from flowppl.training import Options
 
@@ -48,6 +49,10 @@ def fit(
 
     It computes in float64 where the model allows it. A result that is not to be trusted comes with a `FitWarning`.
 
+    Where a plate subsamples, each step of the training sees one fresh minibatch, shared by all particles. The start, the weights
+    and all that is made of them take all of the data, a few draws at a time. Training for the tails is left out: its divergence
+    is not linear in the log density, so minibatches would bias it.
+
     Args:
         model: The model; discrete latents marked by `config_enumerate` are summed out.
         args: Its positional arguments.
@@ -66,7 +71,8 @@ def fit(
         kwargs: The model's keyword arguments.
 
     Raises:
-        UnsupportedModelError: the model has latents that a flow cannot cover.
+        UnsupportedModelError: the model has latents that a flow cannot cover; or a plate subsamples, and has latents in it (see
+            `AmortizedFlow`) or fails without subsampling.
         NonFiniteError: its log density is finite at no start.
         CheckpointError: the checkpoint is of another fit.
 
@@ -129,7 +135,7 @@ class Posterior(WeightedPosterior):
             kwargs: Keyword arguments.
         """
         draws = self._latent(self.resample(num_samples, seed))
-        with seeded(torch.Generator().manual_seed(seed)), torch.no_grad():
+        with seeded(torch.Generator().manual_seed(seed)), torch.no_grad(), chosen():
             found = Predictive(self._view.model, draws)(*args, **kwargs)
         return {name: x.cpu().numpy() for name, x in found.items()}
 
@@ -137,7 +143,8 @@ class Posterior(WeightedPosterior):
         draws, rows = self._latent(samples), []
         view = self._view
         for i in range(len(next(iter(draws.values())))):
-            with torch.no_grad(), poutine.condition(data={k: v[i] for k, v in draws.items()}), poutine.block():
+            one = {k: v[i] for k, v in draws.items()}
+            with torch.no_grad(), chosen(), poutine.condition(data=one), poutine.block():
                 trace = poutine.trace(view.model).get_trace(*view.args, **view.kwargs)
                 trace.compute_log_prob(lambda name, site: name not in draws)
             rows.append({k: s["log_prob"] for k, s in trace.nodes.items() if k not in draws and "log_prob" in s})
@@ -190,7 +197,12 @@ class _View:
         angles: Array = np.repeat(self.guide._angles, self.guide._layout.sizes)
         density = one_turn(self.precise, angles, at)
         self.problem = Problem(
-            self.guide._flow, self.precise.density.log_prob, lambda seed: pathfinder(density, at, seed), start
+            self.guide._flow,
+            self.precise.density.log_prob,
+            lambda seed: pathfinder(density, at, seed),
+            start,
+            self.precise.density.minibatch if self.precise.density.plates else None,
+            self.precise.density.plates,
         )
 
     def constrain(self, u: Array) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from torch.distributions import biject_to
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.flows import Flow, Recipe
-from flowppl.npe import Amortized, amortize
+from flowppl.npe import Amortized, restored
+from flowppl.npe_training import amortize
 from flowppl.pyro.density import seeded
 from flowppl.pyro.sites import Layout, hide_enumerated, is_latent, refuse_moving_supports, unconstrained
 from flowppl.simulations import Data, choose_sites, not_continuous
@@ -106,6 +108,36 @@ def npe(
         learning_rate=learning_rate,
         progress_bar=progress_bar,
     )
+
+
+def load_npe(
+    path: str | os.PathLike[str],
+    model: Callable,
+    *args: Any,
+    observed: str | Sequence[str],
+    latents: str | Sequence[str] | None = None,
+    summary: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    **kwargs: Any,
+) -> Amortized:
+    """Loads what `save` of the result of `npe` wrote, in either front: what the model is and what is observed is needed again.
+
+    Args:
+        path: The file.
+        model: The model.
+        args: Its positional arguments.
+        observed: The sites that are data.
+        latents: The sites that are inferred; None: all that are drawn and not observed.
+        summary: Statistics of the data; the same as in training, which no file can tell.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        FlowFileError: the file is not whole, or does not fit the model's sites or its features.
+        SiteError: a name is not a site that can be simulated.
+        UnsupportedModelError: see `npe`.
+    """
+    with seeded(torch.Generator().manual_seed(0)):
+        simulator = _Simulator(model, args, kwargs, observed, latents, summary)
+    return restored(path, simulator)
 
 
 class _Simulator:

@@ -139,6 +139,11 @@ class Layout:
         start = torch.cat([free[name].reshape(-1) for name in self.names])
         self.start = torch.where(torch.isfinite(start), start, torch.zeros_like(start))
 
+    @property
+    def description(self) -> list[list[Any]]:
+        """Sites and sizes, as JSON types: what a file has to fit."""
+        return [[name, size] for name, size in zip(self.names, self.sizes, strict=True)]
+
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Unconstrained values `(*batch, *shape)` by site, from `(*batch, dim)`."""
         parts = torch.split(u, self.sizes, dim=-1)

@@ -16,8 +16,8 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform
 from numpyro.infer.util import log_density
 
 from flowppl import flows
-from flowppl.errors import DimensionError, UnsupportedModelError
-from flowppl.numpyro import AmortizedFlow
+from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
+from flowppl.numpyro import AmortizedFlow, AutoFlow
 
 KEY = jax.random.key(0)
 AFFINE = flows.affine(hidden=(8,))
@@ -299,3 +299,53 @@ def test_options_are_checked():
         small_guide(init_scale=0.0)
     with pytest.raises(ValueError, match="gradient"):
         small_guide(gradient="score")
+
+
+def log_densities(guide, params, y, u, x):
+    """Of the global flow at u `(n, 1)`, and of the local one at x `(n, N, 1)`, given the features y `(N, F)` and u."""
+
+    def both():
+        local = guide._of_local(y, u[:, None]) if guide._global else guide._of_local(y, None)
+        return guide._of_global(guide._global).log_prob(u), local.log_prob(x)
+
+    return handlers.substitute(handlers.seed(both, 0), params)()
+
+
+def test_a_file_comes_back_here_and_in_the_other_front(ready, tmp_path):
+    guide, params = ready
+    path, y = tmp_path / "q.flow", data(6)
+    guide.save(path, params)
+    again, loaded = AmortizedFlow.load(path, model, features, y[:4], prefix="other")  # other data are fine
+    draw = lambda guide, params: jax.jit(lambda: guide.sample_posterior(KEY, params, y, sample_shape=(3,)))()
+    jax.tree.map(np.testing.assert_array_equal, draw(guide, params), draw(again, loaded))
+    with pytest.raises(FlowFileError, match="of kind 'AmortizedFlow'"):
+        AutoFlow.load(path, model, y)
+
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("flowppl.pyro")
+    from tests.pyro.test_amortized import model as in_pyro
+
+    rng = np.random.default_rng(2)
+    u, x = rng.standard_normal((3, 1)), rng.standard_normal((3, 6, 1))
+    ours = log_densities(guide, params, y, jnp.asarray(u), jnp.asarray(x))
+    their_y, their_u, their_x = (torch.tensor(np.asarray(a)) for a in (y, u, x))
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = theirs.AmortizedFlow.load(path, in_pyro, features, their_y)
+        of_global, of_local = found._of_global(), found._of_local(their_y, their_u[:, None])
+    finally:
+        torch.set_default_dtype(dtype)
+    np.testing.assert_allclose(of_global.log_prob(their_u).detach(), ours[0], rtol=1e-10)
+    np.testing.assert_allclose(of_local.log_prob(their_x).detach(), ours[1], rtol=1e-10)
+    found.save(path)
+    jax.tree.map(np.testing.assert_array_equal, AmortizedFlow.load(path, model, features, y)[1], params)
+
+
+def test_an_encoder_of_ones_own_is_not_saved(ready, tmp_path):
+    guide = small_guide(encoder=lambda x: x)
+    with pytest.raises(RuntimeError, match="has not seen its model"):
+        guide.save(tmp_path / "q.flow", {})
+    guide.prototype_trace = {}
+    with pytest.raises(FlowFileError, match=r"no encoder of your own.*save params"):
+        guide.save(tmp_path / "q.flow", {})
+    assert not (tmp_path / "q.flow").exists()

@@ -9,7 +9,6 @@ import pytest
 from numpyro.distributions import biject_to
 from numpyro.infer.util import log_density
 
-from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro import LogDensity
 
 
@@ -104,13 +103,3 @@ def test_enumerated_sites_are_summed_out():
     prior, likelihood = jax.jit(density.split)(u)
     np.testing.assert_allclose(likelihood, marginal, rtol=1e-10)
     np.testing.assert_allclose(prior + likelihood, expected, rtol=1e-10)
-
-
-def test_a_plate_that_subsamples_is_an_error():
-    def minibatch(x):
-        mean = numpyro.sample("mean", dist.Normal())
-        with numpyro.plate("n", 10, subsample_size=2):
-            numpyro.sample("x", dist.Normal(mean, 1.0), obs=numpyro.subsample(x, event_dim=0))
-
-    with pytest.raises(UnsupportedModelError, match="all of the data"):
-        LogDensity(minibatch, (jnp.arange(10.0),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -9,8 +10,8 @@ import numpyro.distributions as dist
 import pytest
 
 from flowppl import flows
-from flowppl.errors import DimensionError, NonFiniteError, SiteError, UnsupportedModelError
-from flowppl.numpyro import npe
+from flowppl.errors import DimensionError, FlowFileError, NonFiniteError, SiteError, UnsupportedModelError
+from flowppl.numpyro import load_npe, npe
 from flowppl.numpyro.simulator import _Simulator
 from flowppl.simulations import simulated
 from tests import conjugate
@@ -114,3 +115,55 @@ def test_supports_that_move_are_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="'below' depends on other latents"):
         npe(model, observed="y", **SMALL)
+
+
+def test_a_file_comes_back_here_and_in_the_other_front(amortized, tmp_path) -> None:
+    path, y = tmp_path / "line.flow", conjugate.simulate(4, seed=5)[1]
+    amortized.save(path)
+    again = load_npe(path, line, observed="y")
+    draws, same = (jax.tree.map(np.array, found.condition(y).sample(7)) for found in (amortized, again))
+    for name in draws:
+        np.testing.assert_array_equal(draws[name], same[name])
+    assert (again.held_out, again.num_dropped) == (amortized.held_out, amortized.num_dropped)
+
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("flowppl.pyro")
+
+    def in_pyro(y=None):
+        import pyro.distributions as dist
+        from pyro import plate, sample
+
+        intercept = sample("intercept", dist.Normal(0.0, 2.0))
+        slope = sample("slope", dist.LogNormal(0.0, 1.0))
+        with plate("data", 5):
+            mean = intercept + torch.log(slope) * torch.as_tensor(conjugate.T)
+            sample("y", dist.Normal(mean, conjugate.NOISE), obs=y)
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = theirs.load_npe(path, in_pyro, observed="y")
+        log_q = found.condition(y).log_prob(draws)
+        found.save(path)
+    finally:
+        torch.set_default_dtype(dtype)
+    np.testing.assert_allclose(log_q, amortized.condition(y).log_prob(draws), rtol=1e-10)
+    back = load_npe(path, line, observed="y").condition(y).sample(7)
+    for name in draws:
+        np.testing.assert_array_equal(draws[name], back[name])
+
+
+def test_files_that_do_not_fit(amortized, tmp_path) -> None:
+    def other(y=None):
+        numpyro.sample("level", dist.Normal(0.0, 2.0))
+        numpyro.sample("slope", dist.LogNormal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(jnp.zeros(5), 1.0).to_event(1), obs=y)
+
+    path = tmp_path / "line.flow"
+    amortized.save(path)
+    with pytest.raises(FlowFileError, match=r"latents are \[\['intercept', \[\]\], .* those of the model \[\['level'"):
+        load_npe(path, other, observed="y")
+    with pytest.raises(FlowFileError, match="sees 5 features, the model has 2 and 1; the summary"):
+        load_npe(path, line, observed="y", summary=lambda data: data["y"].sum(-1, keepdims=True))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FlowFileError, match="cannot be read"):
+        load_npe(path, line, observed="y")

@@ -15,8 +15,9 @@ from torch import nn
 from torch.distributions import biject_to, constraints
 
 from flowppl import flows
-from flowppl.errors import DimensionError, UnsupportedModelError
-from flowppl.pyro import AmortizedFlow
+from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
+from flowppl.flows import files
+from flowppl.pyro import AmortizedFlow, load_flow, save_flow
 
 AFFINE = flows.affine(hidden=(8,))
 
@@ -305,3 +306,83 @@ def test_options_are_checked():
         small_guide(init_scale=0.0)
     with pytest.raises(ValueError, match="gradient"):
         small_guide(gradient="score")
+
+
+def rich_features(y, batch_size=None):
+    return y
+
+
+@pytest.mark.parametrize(
+    ("target", "read"), [(model, features), (rich, rich_features)], ids=["global and local", "many sites"]
+)
+def test_a_file_comes_back(target, read, scramble, tmp_path):
+    y, path = data(6, 2), tmp_path / "q.flow"
+    guide = small_guide(target, read, flow=flows.realnvp(layers=2, hidden=(4,))).setup(y)
+    scramble(guide.parameters())
+    guide.save(path)
+    again = AmortizedFlow.load(path, target, read, y[:3])  # other data are fine
+    draws = [g.sample_posterior(torch.Generator().manual_seed(0), y, sample_shape=(3,)) for g in (guide, again)]
+    assert draws[0].keys() == draws[1].keys() and all(torch.equal(draws[0][k], draws[1][k]) for k in draws[0])
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_files_that_do_not_fit(tmp_path):
+    y, path = data(6), tmp_path / "q.flow"
+    small_guide().setup(y).save(path)
+
+    def renamed(y):
+        mu = pyro.sample("nu", dist.Normal(0.0, 3.0))
+        with pyro.plate("groups", len(y)):
+            pyro.sample("theta", dist.Normal(mu, 1.0))
+
+    def local_alone(y):
+        with pyro.plate("groups", len(y)):
+            pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+    def elsewhere(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("theta", dist.Normal(mu, 1.0))
+
+    def turning(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("groups", len(y)):
+            pyro.sample("theta", dist.VonMises(mu, 1.0))
+
+    for target, message in [
+        (renamed, r"global sites are \[\['mu', 1\]\], those of the model \[\['nu', 1\]\]"),
+        (local_alone, r"global sites are \[\['mu', 1\]\], those of the model \[\]"),
+        (elsewhere, "no latent of the model is in a plate 'groups'"),
+        (rich, "does not fit the model"),
+    ]:
+        with pytest.raises(FlowFileError, match=message):
+            AmortizedFlow.load(path, target, features, y[:, :2] if target is rich else y)
+    with pytest.raises(FlowFileError, match="features are 3, those of the model 2"):
+        AmortizedFlow.load(path, model, lambda y: y[:, :2], y)
+    with pytest.raises(FlowFileError, match="of kind 'AmortizedFlow'"):
+        load_flow(path)
+    own = small_guide(encoder=nn.Linear(4, 4)).setup(y)
+    with pytest.raises(FlowFileError, match=r"no encoder of your own.*guide\.state_dict\(\)"):
+        own.save(path)
+    content = path.read_bytes()
+    for end in (len(content) // 3, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(FlowFileError, match="cannot be read"):
+            AmortizedFlow.load(path, model, features, y)
+    turned = small_guide(turning, flow=flows.nsf(layers=1, hidden=(4,), bins=3)).setup(y)
+    turned.save(path)
+    AmortizedFlow.load(path, turning, features, y)
+    as_in_numpyro = {**turned._description, "angles": [["theta", "boxed"]]}
+    files.write_parts(path, "AmortizedFlow", turned._flows, turned._arrays(), as_in_numpyro)
+    with pytest.raises(FlowFileError, match=r"angles are .*boxed.*, those of the model .*turns"):
+        AmortizedFlow.load(path, turning, features, y)
+    alone = flows.affine()(1)
+    save_flow(path, alone, alone.init(torch.Generator()))
+    with pytest.raises(FlowFileError, match="is of a flow and not of kind 'AmortizedFlow'"):
+        AmortizedFlow.load(path, model, features, y)
+    files.write_parts(path, "AmortizedFlow", {"local": alone}, {"local": alone.init(torch.Generator())}, {})
+    with pytest.raises(FlowFileError, match="expected one with an encoder"):
+        AmortizedFlow.load(path, model, features, y)
+    files.write_parts(path, "AmortizedFlow", {"global": alone}, {"global": alone.init(torch.Generator())}, {})
+    with pytest.raises(FlowFileError, match="has not the parts"):
+        AmortizedFlow.load(path, model, features, y)

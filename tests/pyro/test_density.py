@@ -262,7 +262,7 @@ def no_density(kind):
         ("discrete", r"'k' is discrete.*config_enumerate\(model\) and TraceEnum_ELBO.*hide=\['k'\]"),
         ("delta", r"use pyro.deterministic\('d', ...\)"),
         ("sphere", "'s' .ProjectedNormal.: .*reparametrise it with poutine.reparam"),
-        ("subsample", "plate 'rows', which subsamples 2 of 10: .*without subsampling"),
+        ("subsample", "fails where 'rows' does not subsample: .*Pass all of the data"),
     ],
 )
 def test_unsupported_sites(kind, message):

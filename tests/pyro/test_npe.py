@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flowppl import flows
-from flowppl.errors import DimensionError, NonFiniteError, SiteError, UnsupportedModelError
-from flowppl.pyro import npe
+from flowppl.errors import DimensionError, FlowFileError, NonFiniteError, SiteError, UnsupportedModelError
+from flowppl.pyro import load_flow, load_npe, npe
 from tests import conjugate
 
 SMALL = dict(flow=flows.affine(hidden=(32,)), embedding=0, num_simulations=200, max_steps=1, progress_bar=False)
@@ -142,3 +142,21 @@ def test_two_runs_agree_and_seeds_matter() -> None:
     np.testing.assert_array_equal(first["slope"], again["slope"])
     assert (again["slope"] != other["slope"]).all()
     assert (torch.get_rng_state() == state).all()  # the user's own stream goes on as if nothing had been drawn
+
+
+def test_a_file_keeps_the_network_and_the_scales(tmp_path) -> None:
+    summary = lambda data: torch.stack([data["y"].mean(-1), data["y"].std(-1)], -1)
+    what, path = {"observed": "y", "summary": summary}, tmp_path / "line.flow"
+    amortized = npe(line, **what, **{**SMALL, "embedding": 4, "hidden": (8,)})
+    amortized.save(path)
+    again, y = load_npe(path, line, **what), conjugate.simulate(4, seed=5)[1]
+    draws = amortized.condition(y).sample(7)
+    for a, b in zip(draws.values(), again.condition(y).sample(7).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(again.condition(y).log_prob(draws), amortized.condition(y).log_prob(draws))
+    for scale, same in zip(amortized.scales, again.scales, strict=True):
+        np.testing.assert_array_equal(scale, same)
+    with pytest.raises(FlowFileError, match="kind 'npe' and not of a flow"):
+        load_flow(path)
+    with pytest.raises(FlowFileError, match="sees 2 features, the model has 2 and 5; the summary"):
+        load_npe(path, line, observed="y")
