@@ -16,6 +16,7 @@ BENCHMARKS = (
     "path",
     "learning",
     "gain",
+    "evidence",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What path gradients gain in equal time: reverse KL by the plain estimator and by the mixture "auto", on hard targets and posteriors.
+"""What path gradients gain in equal time: reverse KL by the plain estimator and by "auto", on hard targets and on posteriors.
 
     python -m benchmarks gain [--seeds 5] [--targets product phi4 ...] [--scale 1.0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ class Annealing(NamedTuple):
     """What annealing gave.
 
     Attributes:
+        variables: Of the flow that it started from.
         draws: Points `(n, dim)` and log-weights `(n,)`.
         start: Draws of the base, with their log-weights.
         log_z: The evidence that each island of particles found, `(islands,)`.
@@ -37,6 +37,7 @@ class Annealing(NamedTuple):
         resampled: The share of islands that were resampled at each temperature.
     """
 
+    variables: dict[str, Any]
     draws: Draws
     start: Draws
     log_z: np.ndarray
@@ -66,8 +67,8 @@ def anneal_flow(
 ) -> Annealing:
     """Anneals from the flow to the posterior, in the space of the flow's base.
 
-    There the flow is standard normal, whatever it is, and the posterior is p(T(z)) |det dT / dz|: well-scaled for HMC where the flow
-    is anything like the posterior, and without a need for the flow's inverse.
+    There the flow is standard normal, whatever it is, and the posterior is p(T(z)) |det dT / dz|: well-scaled for HMC where the
+    flow is anything like the posterior, and without a need for the flow's inverse.
 
     Args:
         problem: The posterior, and a flow that ends with an affine layer.
@@ -137,6 +138,7 @@ def anneal_flow(
 
     begin = backend.stop(first(backend.rng(seed_of(seed, _BASE), like)))
     return Annealing(
+        variables,
         (x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]),
         tuple(np.asarray(backend.to_numpy(a), np.float64) for a in begin),
         weights.log_mean_exp(log_w),

@@ -54,6 +54,7 @@ def test_files_agree() -> None:
         "LogDensity",
         "Objective",
         "PathELBO",
+        "anneal",
         "fit",
         "flow_module",
         "load_flow",

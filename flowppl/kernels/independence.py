@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flowppl import weights
+from flowppl import tree, weights
 from flowppl.backend import Array, backend_of
 from flowppl.kernels.target import Info, Target, Walkers, accept, init
 
@@ -59,7 +59,7 @@ def isir(
         The walkers, and as acceptance the probability of leaving.
     """
     backend = backend_of(walkers.x)
-    xp, (n, dim) = backend.xp, walkers.x.shape
+    xp, n = backend.xp, walkers.x.shape[0]
     draw_rng, choice_rng = backend.split(rng, 2)
     x, log_q = propose(draw_rng, n * num_proposals)
     proposed = init(target, x, with_scores=walkers.scores is not None)
@@ -68,12 +68,11 @@ def isir(
     log_w = xp.concat([own[:, None], xp.reshape(target.log_prob(proposed) - log_q, (n, num_proposals))], axis=1)
     at = weights.resample_multinomial(choice_rng, log_w, n=1)[:, 0]
 
-    def chosen(old: Array | None, new: Array | None) -> Array | None:
-        if old is None or new is None:
-            return None
-        all_of = xp.concat([old[:, None], xp.reshape(new, (n, num_proposals, *new.shape[1:]))], axis=1)
-        rows = backend.asarray(xp.arange(n), walkers.x)
-        return all_of[rows, at]
+    rows = backend.asarray(xp.arange(n), walkers.x)
 
-    new = Walkers(*(chosen(old, candidate) for old, candidate in zip(walkers, proposed, strict=True)))
+    def chosen(own: Array, others: Array) -> Array:
+        others = xp.reshape(others, (n, num_proposals, *own.shape[1:]))
+        return xp.concat([own[:, None], others], axis=1)[rows, at]
+
+    new = tree.map(chosen, walkers, proposed)
     return new, Info(before - target.log_prob(new), 1 - weights.normalize(log_w, axis=1)[:, 0])

@@ -40,8 +40,8 @@ def underdamped(
 ) -> tuple[Walkers, Info]:
     """Draws velocities of unit mass and follows the dynamics with friction; velocities are left behind at the end.
 
-    A step draws a part of the velocities anew, makes one leapfrog step, and draws again (OBABO; Bussi & Parrinello 2007). Drawing is
-    reversible for normal velocities and the leapfrog keeps volumes, so what the latter takes from the kinetic energy is the ratio.
+    A step draws a part of the velocities anew, makes one leapfrog step, and draws again (OBABO; Bussi & Parrinello 2007). Drawing
+    is reversible for normal velocities and the leapfrog keeps volumes, so what it takes from the kinetic energy is the ratio.
 
     Args:
         rng: A jax key, or a `torch.Generator`.

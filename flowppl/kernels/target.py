@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flowppl import tree
 from flowppl.backend import Array, backend_of
 
 LogProb = Callable[[Array], Array]
@@ -96,13 +97,12 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
     backend = backend_of(x)
     xp = backend.xp
     if not with_scores:
-        values = [f(x) for f in target.factors]
-        return Walkers(x, xp.stack([_possible(v) for v in values], axis=-1), None)
-    values, scores = zip(*(backend.value_and_score(f, x) for f in target.factors), strict=True)
-    scores = xp.stack(scores, axis=1)
-    fine = xp.isfinite(xp.stack(values, axis=-1)) & xp.all(xp.isfinite(scores), axis=-1)
-    log_probs = xp.where(fine, xp.stack([_possible(v) for v in values], axis=-1), _IMPOSSIBLE)
-    return Walkers(x, log_probs, xp.where(fine[..., None], scores, xp.zeros_like(scores)))
+        values = xp.stack([f(x) for f in target.factors], axis=-1)
+        return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
+    found = [backend.value_and_score(f, x) for f in target.factors]
+    values, scores = xp.stack([value for value, _ in found], axis=-1), xp.stack([score for _, score in found], axis=1)
+    fine = xp.isfinite(values) & xp.all(xp.isfinite(scores), axis=-1)
+    return Walkers(x, xp.where(fine, values, _IMPOSSIBLE), xp.where(fine[..., None], scores, xp.zeros_like(scores)))
 
 
 def is_possible(log_probs: Array) -> Array:
@@ -118,16 +118,5 @@ def accept(rng: object, log_ratio: Array, old: Walkers, new: Walkers) -> tuple[W
     log_ratio = xp.where(xp.isnan(log_ratio), -xp.inf, log_ratio)
     u = backend.uniform(rng, tuple(log_ratio.shape), like=log_ratio)
     taken = xp.log1p(-u) < log_ratio  # of a uniform number in (0, 1]
-    parts = []
-    for before, after in zip(old, new, strict=True):
-        if before is None or after is None:
-            parts.append(None)
-        else:
-            mask = xp.reshape(taken, (-1,) + (1,) * (before.ndim - 1))
-            parts.append(xp.where(mask, after, before))
-    return Walkers(*parts), xp.exp(xp.clip(log_ratio, None, 0.0))
-
-
-def _possible(values: Array) -> Array:
-    xp = backend_of(values).xp
-    return xp.where(xp.isfinite(values), values, _IMPOSSIBLE)
+    chosen = tree.map(lambda a, b: xp.where(xp.reshape(taken, (-1,) + (1,) * (a.ndim - 1)), b, a), old, new)
+    return chosen, xp.exp(xp.clip(log_ratio, None, 0.0))

@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("numpyro", "numpyro") from error
 
 from flowppl.numpyro.amortized import AmortizedFlow
+from flowppl.numpyro.annealing import AnnealedPosterior, anneal
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -22,6 +23,7 @@ from flowppl.numpyro.simulator import load_npe, npe
 
 __all__ = [
     "AmortizedFlow",
+    "AnnealedPosterior",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",
@@ -29,6 +31,7 @@ __all__ = [
     "Objective",
     "PathELBO",
     "Posterior",
+    "anneal",
     "fit",
     "flow_module",
     "from_flowjax",

@@ -9,19 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import Predictive, init_to_median, log_likelihood
+from numpyro.infer import init_to_median
 
-from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
+from flowppl.fitting import Fit, fit_flow, sampler, shown
 from flowppl.flows import Flow, Recipe, files
-from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.guides import AutoFlow
+from flowppl.numpyro.model_posterior import ModelPosterior, View
 from flowppl.numpyro.modules import as_params
-from flowppl.numpyro.plates import FullPlates
-from flowppl.numpyro.precise import Precise
 from flowppl.optim import Optimizer
-from flowppl.pathfinder import pathfinder
-from flowppl.posterior import WeightedPosterior, coordinates
 from flowppl.training import Options
 
 Array = Any
@@ -86,7 +82,7 @@ def fit(
         2.0
     """
     options = Options(num_particles, max_steps, learning_rate, optimizer)
-    view = _View(model, args, kwargs, flow, init_loc_fn)
+    view = View(model, args, kwargs, flow, init_loc_fn)
     with view.precise.context(), shown(options, progress_bar) as progress:
         warm = None if start is None else jax.tree.map(jnp.asarray, start.variables)
         found = fit_flow(
@@ -104,7 +100,7 @@ def fit(
     return posterior
 
 
-class Posterior(WeightedPosterior):
+class Posterior(ModelPosterior):
     """A fitted posterior: weighted draws, the guide, and what can be asked of them. Made by `fit`.
 
     Attributes:
@@ -113,10 +109,9 @@ class Posterior(WeightedPosterior):
         variables: Those of the flow alone.
     """
 
-    def __init__(self, view: _View, fit: Fit) -> None:
-        samples = view.constrain(fit.draws[0])
-        super().__init__(fit, samples, coordinates(view.density.shapes), view.value_and_score)
-        self._view, self.guide, self.variables = view, view.guide, jax.tree.map(np.asarray, fit.variables)
+    def __init__(self, view: View, fit: Fit) -> None:
+        super().__init__(view, fit)
+        self.guide, self.variables = view.guide, jax.tree.map(np.asarray, fit.variables)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -127,26 +122,6 @@ class Posterior(WeightedPosterior):
         """Log density of the flow at constrained values: `(*batch, *shape)` by site to `(*batch,)`."""
         with self._view.precise.context():
             return np.asarray(self.guide.log_prob(self.params, values))
-
-    def predict(self, *args: Any, num_samples: int = 1000, seed: int = 0, **kwargs: Any) -> dict[str, Array]:
-        """Draws of the sites that arguments leave open, given draws of the posterior: `(num_samples, *shape)` by site.
-
-        Args:
-            args: Arguments of the model, such as new covariates, and None for what is to be predicted.
-            num_samples: How many.
-            seed: Of the draws.
-            kwargs: Keyword arguments.
-        """
-        with self._view.precise.context():
-            predictive = Predictive(FullPlates(self._view.model), self.resample(num_samples, seed))
-            return {name: np.asarray(x) for name, x in predictive(jax.random.key(seed), *args, **kwargs).items()}
-
-    def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
-        view = self._view
-        with view.precise.context():
-            latent = {name: samples[name] for name in view.density.names}
-            found = log_likelihood(FullPlates(view.model), latent, *view.args, **view.kwargs)
-            return {name: np.asarray(x) for name, x in found.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the flow; draws and weights are made anew by `load`."""
@@ -170,40 +145,8 @@ class Posterior(WeightedPosterior):
         """
         AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
         flow, arrays, _ = files.read(path)
-        view = _View(model, args, kwargs, flow, init_to_median)
+        view = View(model, args, kwargs, flow, init_to_median)
         with view.precise.context():
             variables = restore(flow, arrays, view.problem.like)
             draws = sampler(view.problem)(variables, 0, num_samples)
         return cls(view, Fit(variables, draws, [], [], None))
-
-
-class _View:
-    """A model with its data as a problem for a fit."""
-
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        density = LogDensity(model, args, kwargs, init_loc_fn=init_loc_fn)
-        self.guide = AutoFlow(model, default_flow(density.dim) if flow is None else flow, init_loc_fn=init_loc_fn)
-        self.guide._setup_somewhere(jax.random.key(0), args, kwargs)
-        self.density, self.precise = density, Precise(density)
-        start = np.asarray(self.guide._init_latent, np.float64)
-        with self.precise.context():
-            like = jnp.zeros(density.dim, self.precise.dtype)
-        self.problem = Problem(
-            self.guide._flow,
-            density.log_prob,
-            lambda seed: pathfinder(self.precise, start, seed),
-            like,
-            density.minibatch if density.plates else None,
-            density.plates,
-        )
-
-    def constrain(self, u: np.ndarray) -> dict[str, np.ndarray]:
-        """Values by site, deterministic sites included, at points `(n, dim)`."""
-        constrain = jax.jit(self.density.constrain)
-        with self.precise.context():
-            return in_chunks(lambda part: jax.tree.map(np.asarray, constrain(jnp.asarray(part))), u)
-
-    def value_and_score(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log densities `(n,)` and gradients `(n, dim)` at points `(n, dim)`, on the host."""
-        return self.precise(points, 256)

@@ -9,6 +9,7 @@ except ImportError as error:
     raise MissingExtraError("pyro-ppl", "pyro") from error
 
 from flowppl.pyro.amortized import AmortizedFlow
+from flowppl.pyro.annealing import AnnealedPosterior, anneal
 from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.export import to_arviz
@@ -22,6 +23,7 @@ from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
     "AmortizedFlow",
+    "AnnealedPosterior",
     "AutoFlow",
     "FlowDistribution",
     "FlowTransform",
@@ -29,6 +31,7 @@ __all__ = [
     "Objective",
     "PathELBO",
     "Posterior",
+    "anneal",
     "fit",
     "flow_module",
     "from_zuko",

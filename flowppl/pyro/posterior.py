@@ -8,21 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
-from pyro.infer import Predictive
 from pyro.infer.autoguide import init_to_median
-from torch import Tensor
 
 from flowppl import tree
-from flowppl.fitting import Fit, Problem, default_flow, fit_flow, in_chunks, sampler, shown
+from flowppl.fitting import Fit, fit_flow, sampler, shown
 from flowppl.flows import Flow, Recipe, files
 from flowppl.optim import Optimizer
-from flowppl.pathfinder import one_turn, pathfinder
-from flowppl.posterior import WeightedPosterior, coordinates
 from flowppl.pyro.density import seeded
 from flowppl.pyro.guides import AutoFlow
-from flowppl.pyro.plates import chosen
-from flowppl.pyro.precise import Precise
+from flowppl.pyro.model_posterior import ModelPosterior, View, to_like
 from flowppl.training import Options
 
 Array = np.ndarray
@@ -88,7 +82,7 @@ def fit(
     """
     options = Options(num_particles, max_steps, learning_rate, optimizer)
     with seeded(torch.Generator().manual_seed(seed)):
-        view = _View(model, args, kwargs, flow, init_loc_fn)
+        view = View(model, args, kwargs, flow, init_loc_fn)
     with view.precise.context(), shown(options, progress_bar) as progress:
         found = fit_flow(
             view.problem,
@@ -96,7 +90,7 @@ def fit(
             options,
             restarts=restarts,
             num_samples=num_samples,
-            warm=None if start is None else tree.map(lambda a: _like(a, view.problem.like), start.variables),
+            warm=None if start is None else tree.map(lambda a: to_like(a, view.problem.like), start.variables),
             checkpoint=None if checkpoint is None else os.fspath(checkpoint),
             progress=progress,
         )
@@ -105,7 +99,7 @@ def fit(
     return posterior
 
 
-class Posterior(WeightedPosterior):
+class Posterior(ModelPosterior):
     """A fitted posterior: weighted draws, the guide, and what can be asked of them. Made by `fit`.
 
     Attributes:
@@ -113,46 +107,17 @@ class Posterior(WeightedPosterior):
         variables: The flow's variables, in the precision of the fit.
     """
 
-    def __init__(self, view: _View, fit: Fit) -> None:
-        super().__init__(fit, view.constrain(fit.draws[0]), coordinates(view.precise.density.shapes), view.precise)
-        self._view, self.guide, self.variables = view, view.guide, fit.variables
+    def __init__(self, view: View, fit: Fit) -> None:
+        super().__init__(view, fit)
+        self.guide, self.variables = view.guide, fit.variables
         like = self.guide._layout.start
-        self.guide._assign(tree.map(lambda a: _like(a, like), fit.variables))
+        self.guide._assign(tree.map(lambda a: to_like(a, like), fit.variables))
 
     def log_prob(self, values: dict[str, Any]) -> Array:
         """Log density of the flow at constrained values: `(*batch, *shape)` by site to `(*batch,)`."""
         like = self.guide._layout.start
         with torch.no_grad():
             return self.guide.log_prob({k: torch.as_tensor(v).to(like) for k, v in values.items()}).cpu().numpy()
-
-    def predict(self, *args: Any, num_samples: int = 1000, seed: int = 0, **kwargs: Any) -> dict[str, Array]:
-        """Draws of the sites that arguments leave open, given draws of the posterior: `(num_samples, *shape)` by site.
-
-        Args:
-            args: Arguments of the model, such as new covariates, and None for what is to be predicted.
-            num_samples: How many.
-            seed: Of the draws.
-            kwargs: Keyword arguments.
-        """
-        draws = self._latent(self.resample(num_samples, seed))
-        with seeded(torch.Generator().manual_seed(seed)), torch.no_grad(), chosen():
-            found = Predictive(self._view.model, draws)(*args, **kwargs)
-        return {name: x.cpu().numpy() for name, x in found.items()}
-
-    def _log_likelihood(self, samples: dict[str, Array]) -> dict[str, Array]:
-        draws, rows = self._latent(samples), []
-        view = self._view
-        for i in range(len(next(iter(draws.values())))):
-            one = {k: v[i] for k, v in draws.items()}
-            with torch.no_grad(), chosen(), poutine.condition(data=one), poutine.block():
-                trace = poutine.trace(view.model).get_trace(*view.args, **view.kwargs)
-                trace.compute_log_prob(lambda name, site: name not in draws)
-            rows.append({k: s["log_prob"] for k, s in trace.nodes.items() if k not in draws and "log_prob" in s})
-        return {name: np.stack([row[name].cpu().numpy() for row in rows]) for name in rows[0]}
-
-    def _latent(self, samples: dict[str, Array]) -> dict[str, Tensor]:
-        """The latent sites alone, as tensors of the model's own precision."""
-        return {k: torch.as_tensor(samples[k]).to(self.guide._layout.start) for k in self._view.precise.density.names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the flow; draws and weights are made anew by `load`."""
@@ -176,47 +141,8 @@ class Posterior(WeightedPosterior):
         """
         flow, arrays, _ = files.read(path)
         AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
-        view = _View(model, args, kwargs, flow, init_to_median)
+        view = View(model, args, kwargs, flow, init_to_median)
         with view.precise.context():
             variables = files.restore(arrays, view.guide._variables(), view.problem.like)
             draws = sampler(view.problem)(variables, 0, num_samples)
         return cls(view, Fit(variables, draws, [], [], None))
-
-
-class _View:
-    """A model with its data as a problem for a fit."""
-
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.precise = Precise(model, args, kwargs, init_loc_fn=init_loc_fn)
-        dim = self.precise.density.dim
-        self.guide = AutoFlow(model, default_flow(dim) if flow is None else flow, init_loc_fn=init_loc_fn)
-        self.guide.setup(*args, **kwargs)
-        start = self.precise.start
-        at = start.double().cpu().numpy()
-        angles: Array = np.repeat(self.guide._angles, self.guide._layout.sizes)
-        density = one_turn(self.precise, angles, at)
-        self.problem = Problem(
-            self.guide._flow,
-            self.precise.density.log_prob,
-            lambda seed: pathfinder(density, at, seed),
-            start,
-            self.precise.density.minibatch if self.precise.density.plates else None,
-            self.precise.density.plates,
-        )
-
-    def constrain(self, u: Array) -> dict[str, Array]:
-        """Values by site, deterministic sites included, at points `(n, dim)`."""
-
-        def part(u: Array) -> dict[str, Array]:
-            found = self.precise.density.constrain(torch.as_tensor(u).to(self.precise.start))
-            return {name: x.cpu().numpy() for name, x in found.items()}
-
-        with self.precise.context(), torch.no_grad():
-            return in_chunks(part, u)
-
-
-def _like(a: Any, like: Tensor) -> Tensor:
-    """A tensor on the device of `like`, and of its dtype if it is one of floats."""
-    a = torch.as_tensor(a)
-    return a.to(like) if a.is_floating_point() else a.to(like.device)
