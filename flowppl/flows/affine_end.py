@@ -65,6 +65,20 @@ def place(flow: Flow, variables: dict[str, Any], loc: Array, scale_tril: Array) 
     return {**variables, "params": {**variables["params"], "bijection": placed}}
 
 
+def has_angles(flow: Flow) -> bool:
+    """Whether some of the flow's coordinates are angles to it."""
+    return isinstance(_last(flow.bijection), TorusEnd)
+
+
+def as_boxed(flow: Flow, boxed: bool) -> Flow:
+    """The flow with its angles, if it knows any, in the unconstrained form of one language or the other: see `TorusEnd.boxed`."""
+    end, bijection = _last(flow.bijection), flow.bijection
+    if not isinstance(end, TorusEnd) or isinstance(bijection, Embedded):
+        return flow
+    end = replace(end, boxed=boxed)
+    return replace(flow, bijection=Chain((*bijection.bijections[:-1], end)) if isinstance(bijection, Chain) else end)
+
+
 def whitening(flow: Flow, loc: Array, scale_tril: Array) -> tuple[Array, Array]:
     """The part of x -> loc + scale_tril x that the end can take in by `rescaled`: angles stay as they are."""
     end = _last(flow.bijection)

@@ -15,7 +15,7 @@ from numpyro.infer.initialization import init_to_median, init_to_uniform
 from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError, NonFiniteError
 from flowppl.flows import Flow, Recipe, files
-from flowppl.flows.affine_end import centred, place, with_affine_end
+from flowppl.flows.affine_end import as_boxed, centred, place, with_affine_end
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
 from flowppl.numpyro.bases import FlowBase
@@ -201,6 +201,7 @@ class AutoFlow(FlatGuide):
         """
         flow, arrays, extra = files.read(path)
         restore(flow, arrays)  # a hostile description ends here
+        flow = as_boxed(flow, True)
         guide = cls(model, flow=flow, prefix=prefix)
         try:
             guide._setup(jax.random.key(0), args, kwargs)

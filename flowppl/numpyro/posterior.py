@@ -143,8 +143,9 @@ class Posterior(ModelPosterior):
         Raises:
             FlowFileError: the file is not whole, or does not fit the model's sites.
         """
-        AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
-        flow, arrays, _ = files.read(path)
+        guide, _ = AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
+        _, arrays, _ = files.read(path)
+        flow = guide._flow
         view = View(model, args, kwargs, flow, init_to_median)
         with view.precise.context():
             variables = restore(flow, arrays, view.problem.like)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowppl import flows, tree
 from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
-from flowppl.flows.affine_end import centred, place, with_affine_end
+from flowppl.flows.affine_end import as_boxed, centred, has_angles, place, with_affine_end
 from flowppl.flows.flow import part_of
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
@@ -236,7 +236,7 @@ class AutoFlow(FlatGuide):
         """
         flow, arrays, extra = files.read(path)
         files.restore(arrays, lambda: template(flow), torch.empty(0))  # a hostile description ends here
-        guide = cls(model, flow)
+        guide = cls(model, as_boxed(flow, False))
         try:
             guide.setup(*args, **kwargs)
         except DimensionError as error:
@@ -245,6 +245,11 @@ class AutoFlow(FlatGuide):
             raise FlowFileError(
                 f"{path} does not fit the model: it covers the sites {extra.get('sites')}, the model has "
                 f"{guide._site_sizes}"
+            )
+        if any(guide._angles) and not has_angles(flow):
+            raise FlowFileError(
+                f"{path} does not fit the model: it has angles that NumPyro puts into a box and Pyro on a circle, and this flow "
+                "knows none; save one that does, such as flows.nsf()"
             )
         variables = guide._variables()
         guide._assign(files.restore(arrays, variables, guide._layout.start))

@@ -139,9 +139,9 @@ class Posterior(ModelPosterior):
         Raises:
             FlowFileError: the file is not whole, or does not fit the model's sites.
         """
-        flow, arrays, _ = files.read(path)
-        AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
-        view = View(model, args, kwargs, flow, init_to_median)
+        _, arrays, _ = files.read(path)
+        guide = AutoFlow.load(path, model, *args, **kwargs)  # what does not fit is an error there
+        view = View(model, args, kwargs, guide._flow, init_to_median)
         with view.precise.context():
             variables = files.restore(arrays, view.guide._variables(), view.problem.like)
             draws = sampler(view.problem)(variables, 0, num_samples)

@@ -9,7 +9,10 @@ import pytest
 from numpyro.infer import SVI, Trace_ELBO
 
 from flowppl import flows
+from flowppl.errors import FlowFileError
+from flowppl.flows import files
 from flowppl.numpyro import AutoFlow
+from flowppl.numpyro.modules import as_params
 
 
 def model():
@@ -45,3 +48,33 @@ def test_a_flow_without_angles_has_them_in_a_box():
     params = svi.get_params(svi.init(jax.random.key(0)))
     draws = guide.sample_posterior(jax.random.key(1), params, sample_shape=(100,))
     assert jnp.abs(draws["a"]).max() <= np.pi
+
+
+@pytest.mark.slow
+def test_a_file_of_angles_means_the_same_in_the_other_front(scramble, tmp_path):
+    """NumPyro's unconstrained angles are in a box, Pyro's on a circle: the density over the angles is one."""
+    torch, pyro = pytest.importorskip("torch"), pytest.importorskip("pyro")
+    theirs = pytest.importorskip("flowppl.pyro")
+
+    def in_pyro():
+        pyro.sample("a", pyro.distributions.VonMises(torch.tensor(3.0, dtype=torch.float64), 2.0))
+        pyro.sample("b", pyro.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0))
+
+    guide = AutoFlow(model, flows.nsf(layers=1, hidden=(4,), bins=3))
+    guide._setup(jax.random.key(0), (), {})
+    params = as_params(guide._flow_name, scramble(jax.jit(guide._variables)(jax.random.key(0))))
+    guide.save(tmp_path / "q.flow", params)
+    values = {"a": np.array([3.1, -3.1, 0.2]), "b": np.array([0.3, -1.0, 2.0])}
+    found = theirs.AutoFlow.load(tmp_path / "q.flow", in_pyro)
+    ours = jax.jit(guide.log_prob)(params, values)
+    np.testing.assert_allclose(
+        found.log_prob({k: torch.as_tensor(x) for k, x in values.items()}).detach(), ours, rtol=1e-9
+    )
+    found.save(tmp_path / "q.flow")
+    back, parameters = AutoFlow.load(tmp_path / "q.flow", model)
+    np.testing.assert_allclose(jax.jit(back.log_prob)(parameters, values), ours, rtol=1e-12)
+    boxed = flows.affine()(2)  # which knows no angles
+    variables = boxed.init(torch.Generator().manual_seed(0))
+    files.write(tmp_path / "q.flow", boxed, variables, {"sites": [["a", 1], ["b", 1]]})
+    with pytest.raises(FlowFileError, match="this flow knows none"):
+        theirs.AutoFlow.load(tmp_path / "q.flow", in_pyro)
