@@ -110,10 +110,14 @@ def _near(loc: Array, mode: Root) -> bool:
 def _starts(density: Evaluations, start: Array, rng: np.random.Generator) -> Array:
     """The start and points around it and around zero, as far as the density is finite there: `(NUM_PATHS, d)`."""
     points = np.empty((0, start.size))
+    # A start that far out, such as the median of a prior over scales of all sizes, may be where nothing else is.
+    far = np.abs(start).max(initial=0.0) > max(_SPREADS)
     for k in range(_ROUNDS):
         spread: Array = np.resize(_SPREADS, (NUM_PATHS // 2, 1)) * 0.5 ** (k // 2)
         half = spread * rng.uniform(-1, 1, (NUM_PATHS // 2, start.size))
-        trial = start * (k % 2 == 0) + np.concatenate([half, -half])  # opposite points seldom share a basin
+        turns = k + far * np.arange(NUM_PATHS // 2)[:, None]
+        centre = start * (turns % 2 == 0)
+        trial = np.concatenate([centre + half, centre - half])  # opposite points seldom share a basin
         if k == 0:
             trial[0] = start
         points = np.concatenate([points, trial[np.isfinite(density(trial)[0])]])
