@@ -57,7 +57,7 @@ def derived(value: Value, log_w: LogWeights) -> Weights:
     """The weights of the gradients of E[phi], by differentiating phi twice; see `Program`."""
     backend, k = backend_of(log_w), log_w.shape[0]
     xp = backend.xp
-    first, pull = backend.vjp(lambda log_w: _slope(value, log_w), log_w)
+    first, pull = backend.vjp(lambda log_w: slope(value, log_w), log_w)
     one_hot = backend.asarray(xp.eye(k, dtype=log_w.dtype), log_w)
     rows = xp.broadcast_to(xp.reshape(one_hot, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
     # Elements of the batch do not mix, so that one pullback yields the row of each of them.
@@ -65,7 +65,8 @@ def derived(value: Value, log_w: LogWeights) -> Weights:
     return backend.stop(Weights(first, first - second))
 
 
-def _slope(value: Value, log_w: LogWeights) -> Array:
+def slope(value: Value, log_w: LogWeights) -> Array:
+    """The derivative of phi, element by element of the batch."""
     out, pull = backend_of(log_w).vjp(value, log_w)
     return pull(backend_of(log_w).xp.ones_like(out))[0]
 
@@ -287,7 +288,8 @@ class Cotangents(NamedTuple):
     latents: Array  # of log p, to the latents
     frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
     plain: Array  # of log q as a function of the guide's parameters altogether
-    score: Array | None = None  # of log q of scored sites, as a function of the guide's parameters altogether
+    score: Any = None  # where asked for: of log q of scored sites, as a function of the guide's parameters altogether
+    summed: Any = None  # of log q of sites that are summed out, alike
 
 
 def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False) -> Cotangents:
@@ -306,17 +308,22 @@ def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored:
         coefficient: Of the mixture.
         scored: Whether there are scored sites.
     """
-    value, (model, guide) = program(log_w)
-    xp = backend_of(log_w).xp
+    found = combined(*program(log_w), coefficient)
+    return found._replace(score=_scores(program, log_w, coefficient)) if scored else found
+
+
+def combined(value: Array, weights: Weights, coefficient: Any) -> Cotangents:
+    """The mixture of path and plain gradients, without scored sites; see `cotangents`."""
+    model, guide = weights
+    xp = backend_of(model).xp
     path = (1 - coefficient) * guide
     floor = _TINY * xp.max(xp.maximum(xp.abs(model), xp.abs(guide))) + _TINIEST
     above_zero = xp.where(xp.abs(model) < floor, floor, model)
-    score = _scores(program, log_w, coefficient) if scored else None
-    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model, score)
+    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model)
 
 
 def _scores(program: Program, log_w: LogWeights, coefficient: Any) -> Array:
-    def slope(log_w: LogWeights) -> Array:
-        return _slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
+    def model(log_w: LogWeights) -> Array:
+        return slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
 
-    return leave_one_out(program.value, log_w) - (1 - coefficient) * leave_one_out(slope, log_w)
+    return leave_one_out(program.value, log_w) - (1 - coefficient) * leave_one_out(model, log_w)
