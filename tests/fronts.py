@@ -6,6 +6,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+from scipy.stats import f
+
+from flowppl.backend import backend_of
+from flowppl.objectives import programs
+
+jax, torch = (pytest.importorskip(name) for name in ("jax", "torch"))
+numpyro, pyro = (pytest.importorskip(name) for name in ("numpyro", "pyro"))
+import jax.numpy as jnp  # noqa: E402
+from numpyro import handlers  # noqa: E402
+
+import flowppl.numpyro  # noqa: E402
+import flowppl.pyro  # noqa: E402
 
 
 class Front(NamedTuple):
@@ -23,33 +36,48 @@ class Front(NamedTuple):
         return run(loss, partial(model, self), partial(guide, self), num, *args)
 
 
-def numpyro_front() -> Front:
-    import jax.numpy as jnp
-    import numpyro
-
-    import flowppl.numpyro
-
-    return Front("numpyro", numpyro, numpyro.distributions, jnp.asarray, flowppl.numpyro)
+NUMPYRO = Front("numpyro", numpyro, numpyro.distributions, jnp.asarray, flowppl.numpyro)
+PYRO = Front("pyro", pyro, pyro.distributions, partial(torch.as_tensor, dtype=torch.float64), flowppl.pyro)
+each_front = pytest.mark.parametrize("front", [NUMPYRO, PYRO], ids=["numpyro", "pyro"])
 
 
-def pyro_front() -> Front:
-    import pyro
-    import torch
+@pytest.fixture
+def quick_and_precise() -> Any:
+    """Nearly all of the time of small programs goes into compiling them; double precision."""
+    before, dtype = jax.config.read("jax_disable_most_optimizations"), torch.get_default_dtype()
+    jax.config.update("jax_disable_most_optimizations", True)
+    torch.set_default_dtype(torch.float64)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    torch.set_default_dtype(dtype)
 
-    import flowppl.pyro
 
-    array = partial(torch.as_tensor, dtype=torch.float64)
-    return Front("pyro", pyro, pyro.distributions, array, flowppl.pyro)
+def smooth(log_w: Any) -> Any:
+    """A user's objective, in which particles have different parts."""
+    xp = backend_of(log_w).xp
+    return xp.mean(xp.tanh(log_w), axis=0) + 0.3 / (1 + xp.exp(-log_w[0]))
+
+
+PROGRAMS = {"elbo": programs.elbo(), "iwae": programs.iwae(), "user": programs.get(smooth)}
+
+
+def with_gradient(value: Any, theta: list[Any]) -> np.ndarray:
+    """A number and its derivatives."""
+    return torch.stack([value, *torch.autograd.grad(value, theta)]).detach().numpy()
+
+
+def assert_mean_zero(draws: np.ndarray) -> None:
+    """Hotelling's test, with a floor against rounding: one false alarm in a thousand."""
+    n, k = draws.shape
+    mean, covariance = draws.mean(0), np.cov(draws.T) + 1e-12 * np.eye(k)
+    assert n * mean @ np.linalg.solve(covariance, mean) * (n - k) / (k * (n - 1)) < f.isf(1e-3, k, n - k)
 
 
 def _jax_estimates(loss: Any, model: Any, guide: Any, num: int, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-    import jax
-    from numpyro import handlers
-
     params = {}
-    for f in (guide, model):
+    for each in (guide, model):
         with handlers.block():
-            found = handlers.trace(handlers.seed(f, 0)).get_trace(*args)
+            found = handlers.trace(handlers.seed(each, 0)).get_trace(*args)
         params |= {name: site["value"] for name, site in found.items() if site["type"] == "param"}
     of = jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, *args))
     values, grads = jax.jit(jax.vmap(partial(of, params)))(jax.random.split(jax.random.key(1), num))
@@ -57,10 +85,8 @@ def _jax_estimates(loss: Any, model: Any, guide: Any, num: int, *args: Any) -> t
 
 
 def _torch_estimates(loss: Any, model: Any, guide: Any, num: int, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-    import pyro
-
     pyro.clear_param_store()
-    guide(*args), model(*args)
+    guide(*args), model(*args), loss.loss(model, guide, *args)  # some draw at the first time only
     params = dict(sorted(pyro.get_param_store().named_parameters()))
     values, grads = [], []
     for seed in range(num):

@@ -58,7 +58,7 @@ def test_npe(front: str, tmp_path: Path) -> None:
 def test_objectives(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
     blocks = _blocks("docs/objectives.md", front)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     _run("\n".join(blocks), tmp_path, steps=2000)
 
 

@@ -4,39 +4,18 @@ from functools import cache
 
 import numpy as np
 import pytest
-from scipy.stats import f
 
-from flowppl.backend import backend_of, get_backend
+from flowppl.backend import get_backend
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives import programs
 from flowppl.objectives.enumeration import Branches, cotangents_of_branches
-from tests.fronts import numpyro_front, pyro_front
+from tests.fronts import NUMPYRO, PROGRAMS, PYRO, assert_mean_zero, each_front, quick_and_precise, with_gradient
 from tests.registry import on
 
-jax, torch = (pytest.importorskip(name) for name in ("jax", "torch"))
-pytest.importorskip("numpyro"), pytest.importorskip("pyro")
-NUMPYRO, PYRO = numpyro_front(), pyro_front()
-pytestmark = pytest.mark.slow
-each_front = pytest.mark.parametrize("front", [NUMPYRO, PYRO], ids=["numpyro", "pyro"])
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_and_precise.__name__)]
 
 
-@pytest.fixture(autouse=True)
-def quick_and_precise():
-    before, dtype = jax.config.read("jax_disable_most_optimizations"), torch.get_default_dtype()
-    jax.config.update("jax_disable_most_optimizations", True)
-    torch.set_default_dtype(torch.float64)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    torch.set_default_dtype(dtype)
-
-
-def smooth(log_w):
-    """A user's objective, in which particles have different parts."""
-    xp = backend_of(log_w).xp
-    return xp.mean(xp.tanh(log_w), axis=0) + 0.3 / (1 + xp.exp(-log_w[0]))
-
-
-PROGRAMS = {"elbo": programs.elbo(), "iwae": programs.iwae(), "user": programs.get(smooth)}
 PARAMS = {"a": 0.3, "b": -0.2, "c": 0.7, "m": 0.4, "s": 0.9, "w": 0.8}
 
 
@@ -82,17 +61,6 @@ def by_quadrature(program, k):
     weight = (grid[1] - grid[0]) * (dist.Normal(0.0, 1.0).log_prob(z) + bits).exp()
     grids, weights = (torch.stack(torch.meshgrid(*[t] * k, indexing="ij")) for t in (log_w, weight))
     return with_gradient(-(program.value(grids) * weights.prod(0)).sum(), theta)
-
-
-def with_gradient(value, theta):
-    return torch.stack([value, *torch.autograd.grad(value, theta)]).detach().numpy()
-
-
-def assert_mean_zero(draws):
-    """Hotelling's test, with a floor against rounding: one false alarm in a thousand."""
-    n, k = draws.shape
-    mean, covariance = draws.mean(0), np.cov(draws.T) + 1e-12 * np.eye(k)
-    assert n * mean @ np.linalg.solve(covariance, mean) * (n - k) / (k * (n - 1)) < f.isf(1e-3, k, n - k)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_files_agree() -> None:
         "fit",
         "flow_module",
         "load_flow",
+        "marginal",
         "npe",
         "save_flow",
         "to_arviz",

@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("numpyro", "numpyro") from error
 
 from flowppl.numpyro.amortized import AmortizedFlow
+from flowppl.numpyro.auxiliary import marginal
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -33,6 +34,7 @@ __all__ = [
     "flow_module",
     "from_flowjax",
     "load_flow",
+    "marginal",
     "npe",
     "save_flow",
     "to_arviz",

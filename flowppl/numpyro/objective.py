@@ -12,7 +12,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import mutable
 
 from flowppl.errors import UnsupportedModelError
-from flowppl.numpyro.particles import CONTROL, Particles
+from flowppl.numpyro.particles import CONTROL, Drawn, Particles, Sites
 from flowppl.objectives.control import REFRESH, Control
 from flowppl.objectives.enumeration import cotangents_of_branches
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
@@ -45,8 +45,8 @@ class Objective(ELBO):
             is marked neither "score", "enum" nor "reparam".
         UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
             those of its value, cannot be what it is marked for or be summed out, is moved by parameters without a density, is
-            scaled, or cannot score values; a plate subsamples that does not enclose all sites, and the program is not linear; or nothing keeps the
-            coefficient.
+            scaled, or cannot score values; a plate subsamples that does not enclose all sites, and the program is not linear; or
+            nothing keeps the coefficient.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -158,36 +158,44 @@ def _estimate(
     particles: Particles, put_back: PutBack, program: Program, params: list[Array], with_path: bool
 ) -> tuple[Array, Callable[[Array | float], list[Array]]]:
     """The program's value, and its gradient as a function of the coefficient of the plain estimator."""
-    (values, log_q, frozen, scores, summed), pull_draw, fixed = jax.vjp(
-        lambda params: particles.draw(put_back(params), with_path), params, has_aux=True
+    drawn, pull_draw, fixed = jax.vjp(lambda params: particles.draw(put_back(params), with_path), params, has_aux=True)
+    log_p, pull_score = jax.vjp(
+        lambda params, values: particles.score(put_back(params), values, fixed), params, drawn.values
     )
-    log_p, pull_score = jax.vjp(lambda params, values: particles.score(put_back(params), values, fixed), params, values)
     if with_path:
         particles.check_densities(params, put_back, program.linear)
     total, scale = particles.total(program.linear)
     log_p, pull_log_p = jax.vjp(total, log_p)
-    log_q, pull_log_q = jax.vjp(total, log_q)
-    _, pull_frozen = jax.vjp(total, frozen)
-    _, pull_scores = jax.vjp(total, scores)
-    log_r, pull_summed = jax.vjp(total, summed)
+    log_q, pull_log_q = jax.vjp(total, drawn.log_q)
+    log_r, _ = jax.vjp(total, drawn.summed)
     branches = particles.branches(log_r, program.unbiased)
     log_w = lax.stop_gradient(log_p - log_q) / scale
 
     def at(coefficient: Array | float) -> Cotangents:
         if branches is not None:
             return cotangents_of_branches(program, log_w, branches, coefficient)
-        return cotangents(program, log_w, coefficient, scored=bool(scores))
+        return cotangents(program, log_w, coefficient, scored=bool(drawn.scores), reverse=bool(drawn.reverse))
+
+    def pull(sites: Sites, weight: Array, scale: Array | float = 1.0) -> Sites:
+        """From log densities that are added up to those of sites, if there are any."""
+        return jax.vjp(total, sites)[1](scale * weight)[0] if sites else sites
 
     unit = at(1.0)
     from_model, from_latents = pull_score(*pull_log_p(unit.model))
 
     def pull_back(coefficient: Array | float) -> list[Array]:
         c = at(coefficient)
-        through = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
-        still = pull_frozen(c.frozen)[0] if with_path else frozen
-        signal = pull_scores(scale * c.score)[0] if scores else scores
-        shares = pull_summed(scale * c.summed)[0] if summed else summed
-        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still, signal, shares))
+        (from_guide,) = pull_draw(
+            Drawn(
+                {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()},
+                pull_log_q(c.plain)[0],
+                pull(drawn.frozen, c.frozen),
+                pull(drawn.scores, c.score, scale),
+                pull(drawn.summed, c.summed, scale),
+                pull(drawn.reverse, c.reverse),
+                pull(drawn.others, c.others),
+            )
+        )
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 
     return scale * jnp.sum(unit.value), pull_back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,25 @@ from flowppl.numpyro.marks import (
     unmasked,
 )
 from flowppl.objectives.enumeration import Assignments, Branches, branches, check_summed
+from flowppl.objectives.marginal import OTHERS, REVERSE, asking_for_reverse
 from flowppl.objectives.score import check_scores
 
 Array = Any
 Sites = dict[str, Array]  # arrays by site, (K, *batch, *event); where sites are summed out, K * M
 CONTROL = "flowppl_control"  # the mutable site of guides that keep a coefficient
 _OUTSIDE = ["sample", "prng_key", "control_flow"]  # what differs between particles; they share subsamples of plates
+
+
+class Drawn(NamedTuple):
+    """What a guide drew: values of its reparametrised sites, and log densities by site."""
+
+    values: Sites
+    log_q: Sites
+    frozen: Sites  # with the parameters frozen, where that is asked for
+    scores: Sites  # of scored sites, without the scale of plates
+    summed: Sites  # of sites that are summed out, without the scale of plates
+    reverse: Sites  # of reverse programs, where the draw might come from, as functions of their parameters alone
+    others: Sites  # alike, where it comes from the reverse program
 
 
 class Particles:
@@ -63,7 +76,7 @@ class Particles:
         self._drawn: Trace = {}
         self._scored: Trace = {}
 
-    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[tuple[Sites, Sites, Sites, Sites, Sites], Sites]:
+    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[Drawn, Sites]:
         """Runs the guide.
 
         Args:
@@ -71,17 +84,21 @@ class Particles:
             with_path: Whether to score the draws once more with the parameters frozen.
 
         Returns:
-            Values of its reparametrised sites, log densities of all, the latter once more with the parameters frozen, and those
-            of scored sites and of sites that are summed out, without the scale of plates; and what these and plates drew.
+            What can be differentiated, and what scored sites, those that are summed out, and plates drew.
 
         Raises:
             ValueError: a site is marked for what there is not.
             UnsupportedModelError: a site cannot score a value, cannot be what it is marked for, or is mutable.
         """
 
-        def one(key: Array, number: Any) -> tuple[tuple[Sites, Sites, Sites, Sites, Sites], Sites]:
+        def one(key: Array, number: Any) -> tuple[Drawn, Sites]:
             guide, met = seed(self._guide, key), Assigned(self._assignments, number)
-            with gradient_of_draws("path" if with_path else "reparam"), StillScored(), met:
+            with (
+                gradient_of_draws("path" if with_path else "reparam"),
+                asking_for_reverse(with_path),
+                StillScored(),
+                met,
+            ):
                 drawn = self._drawn = self._trace(guide, params)
             met.check(drawn)
             for name, site in drawn.items():
@@ -99,7 +116,11 @@ class Particles:
             summed = {n: unmasked(site["fn"]).log_prob(site["value"]) for n, site in still.items() if n not in scores}
             plates = {name: site for name, site in drawn.items() if site["type"] == "plate"}
             values, fixed = ({name: site["value"] for name, site in of.items()} for of in (moving, {**plates, **still}))
-            return (values, log_probs, frozen, scores, summed), fixed
+            reverse, others = (
+                {n: _scaled(s, s["infer"][mark]) for n, s in sampled(drawn).items() if mark in s["infer"]}
+                for mark in (REVERSE, OTHERS)
+            )
+            return Drawn(values, log_probs, frozen, scores, summed, reverse, others), fixed
 
         found = jax.vmap(partial(one, number=0))(self._keys[0])
         num = len(self._assignments)
@@ -211,6 +232,10 @@ class Particles:
 
 def _log_prob(site: dict[str, Any]) -> Array:
     log_prob = site["fn"].log_prob(site["value"], *([site["intermediates"]] if site["intermediates"] else []))
+    return _scaled(site, log_prob)
+
+
+def _scaled(site: dict[str, Any], log_prob: Array) -> Array:
     return log_prob if site["scale"] is None else site["scale"] * log_prob
 
 

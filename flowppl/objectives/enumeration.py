@@ -120,16 +120,18 @@ def cotangents_of_branches(program: Program, log_w: Array, of: Branches, coeffic
     xp = backend.xp
     own, others, r = _apart(log_w, of)
 
-    def signal(own: Array) -> tuple[Weights, Array]:
+    def signals(own: Array) -> tuple[Array, Array]:
         value, weights = _at(program, own, others)
-        return weights, value - (1 - coefficient) * weights.model
+        return value, (1 - coefficient) * weights.model
 
-    weights, score = signal(own)
-    score = score - signal(mean_of_others(others)[:, None])[1]
-    score = xp.where(xp.isfinite(score), score, 0.0)
+    def less(a: Array, b: Array) -> Array:
+        return xp.where(xp.isfinite(a - b), a - b, 0.0)
+
+    value, slopes = map(less, signals(own), signals(mean_of_others(others)[:, None]))
+    score, weights = value - slopes, _at(program, own, others)[1]
     found = combined(
         mean_of_branches(program, log_w, of), Weights(r * weights.model, r * weights.guide), coefficient
-    )._replace(score=r * score, summed=r * (score - _mean(score, r)))
+    )._replace(score=r * score, summed=r * (score - _mean(score, r)), others=r * slopes)
     return Cotangents(found.value, *(backend.stop(xp.reshape(a, rows)) for a in found[1:]))
 
 

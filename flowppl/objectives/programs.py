@@ -288,11 +288,15 @@ class Cotangents(NamedTuple):
     latents: Array  # of log p, to the latents
     frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
     plain: Array  # of log q as a function of the guide's parameters altogether
+    reverse: Array  # of log r, to the parameters of reverse programs, where the draw might come from; see `marginal`
     score: Any = None  # where asked for: of log q of scored sites, as a function of the guide's parameters altogether
     summed: Any = None  # of log q of sites that are summed out, alike
+    others: Any = None  # of log r where the draw comes from the reverse program
 
 
-def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False) -> Cotangents:
+def cotangents(
+    program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False, reverse: bool = False
+) -> Cotangents:
     """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them.
 
     Let a guide have scored sites beside reparametrised ones, and log q_d be the log density of the former alone. The plain gradient
@@ -307,9 +311,17 @@ def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored:
         log_w: Log-weights.
         coefficient: Of the mixture.
         scored: Whether there are scored sites.
+        reverse: Whether there are reverse programs.
     """
     found = combined(*program(log_w), coefficient)
-    return found._replace(score=_scores(program, log_w, coefficient)) if scored else found
+    if not (scored or reverse):
+        return found
+
+    def model(log_w: LogWeights) -> Array:
+        return slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
+
+    others = (1 - coefficient) * leave_one_out(model, log_w)
+    return found._replace(score=leave_one_out(program.value, log_w) - others if scored else None, others=others)
 
 
 def combined(value: Array, weights: Weights, coefficient: Any) -> Cotangents:
@@ -319,11 +331,5 @@ def combined(value: Array, weights: Weights, coefficient: Any) -> Cotangents:
     path = (1 - coefficient) * guide
     floor = _TINY * xp.max(xp.maximum(xp.abs(model), xp.abs(guide))) + _TINIEST
     above_zero = xp.where(xp.abs(model) < floor, floor, model)
-    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model)
-
-
-def _scores(program: Program, log_w: LogWeights, coefficient: Any) -> Array:
-    def model(log_w: LogWeights) -> Array:
-        return slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
-
-    return leave_one_out(program.value, log_w) - (1 - coefficient) * leave_one_out(model, log_w)
+    latents = path + coefficient * model
+    return Cotangents(value, above_zero, latents, -path, -coefficient * model, (1 - coefficient) * model)

@@ -9,6 +9,7 @@ except ImportError as error:
     raise MissingExtraError("pyro-ppl", "pyro") from error
 
 from flowppl.pyro.amortized import AmortizedFlow
+from flowppl.pyro.auxiliary import marginal
 from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.export import to_arviz
@@ -33,6 +34,7 @@ __all__ = [
     "flow_module",
     "from_zuko",
     "load_flow",
+    "marginal",
     "npe",
     "save_flow",
     "to_arviz",

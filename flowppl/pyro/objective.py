@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowppl.objectives.control import REFRESH, Control, no_control
 from flowppl.objectives.enumeration import Branches, branches, check_summed, cotangents_of_branches, mean_of_branches
+from flowppl.objectives.marginal import OTHERS, REVERSE
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
@@ -32,6 +33,8 @@ class _Particles(NamedTuple):
     frozen: Tensor | None  # log q as a function of the latents alone, where it is needed
     scores: Tensor | None  # log q of scored sites, without the scale of plates, where there are any
     log_r: Tensor | None  # log q of sites that are summed out, alike
+    reverse: Tensor | None  # log r of reverse programs, where there are any and that is needed
+    others: Tensor | None  # alike
     plates: Plates
     ratio: list[Tensor]  # what the gradient of log p in the latents is multiplied by
     branches: Branches | None  # of particles, where sites are summed out
@@ -48,8 +51,14 @@ class _Particles(NamedTuple):
             self.ratio[:] = [weights.latents / weights.model]
             total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
             total = total + (weights.plain * self.log_q).sum() if plain else total
-        for weight, log_prob in ((weights.score, self.scores), (weights.summed, self.log_r)):
-            total = total if log_prob is None else total + self.plates.scale * (weight * log_prob).sum()
+        scale = self.plates.scale
+        for of, weight, log_prob in (
+            (scale, weights.score, self.scores),
+            (scale, weights.summed, self.log_r),
+            (1.0, weights.reverse, self.reverse),
+            (1.0, weights.others, self.others),
+        ):
+            total = total if log_prob is None else total + of * (weight * log_prob).sum()
         return total
 
 
@@ -79,7 +88,7 @@ class Objective(ELBO):
 
     Raises:
         ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient; at a step: a site is
-            marked neither "score" nor "reparam".
+            marked neither "score", "enum" nor "reparam".
         UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
             those of its value, cannot be what it is marked for or be summed out, is moved by parameters without a density, is
             scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
@@ -174,7 +183,8 @@ class Objective(ELBO):
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
         if run.branches is None:
-            weights = cotangents(self.program, run.log_w(), coefficient, scored=run.scores is not None)
+            asked = {"scored": run.scores is not None, "reverse": run.reverse is not None}
+            weights = cotangents(self.program, run.log_w(), coefficient, **asked)
         else:
             weights = cotangents_of_branches(self.program, run.log_w(), run.branches, coefficient)
         return weights.value.sum() * run.plates.scale, weights
@@ -236,9 +246,13 @@ class Objective(ELBO):
             scores = total(lambda run: (particles.unscaled(run.nodes[name]) for name in scored))
         if summed:
             log_r = total(lambda run: (unmasked(run.nodes[name]) for name in summed))
+        reverse = others = None
+        if particles.marked(drawn, REVERSE):
+            reverse = total(lambda run: particles.marked(run, REVERSE))
+            others = total(lambda run: particles.marked(run, OTHERS))
         of = branches(None, log_r, self.num_particles) if summed else None
-        log_p = plates.total(log_probs(model_trace))
-        return _Particles(log_p, total(log_probs), frozen, scores, log_r, plates, ratio, of)
+        log_p, log_q = plates.total(log_probs(model_trace)), total(log_probs)
+        return _Particles(log_p, log_q, frozen, scores, log_r, reverse, others, plates, ratio, of)
 
 
 def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:

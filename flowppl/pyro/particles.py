@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives.enumeration import Assignments
+from flowppl.objectives.marginal import asking_for_reverse
 from flowppl.pyro.distributions import with_scores
 from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
 
@@ -104,7 +105,12 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
     assignments = Assignments()
 
     def one(number: int) -> Trace:
-        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number):
+        with (
+            with_scores() if scores else nullcontext(),
+            asking_for_reverse(scores),
+            StillScored(),
+            Assigned(assignments, number),
+        ):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     first = one(0)
@@ -125,6 +131,11 @@ def _set_noise(noise: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(noise[0])
     if noise[1]:
         torch.cuda.set_rng_state_all(noise[1])
+
+
+def marked(trace: Trace, mark: str) -> list[Tensor]:
+    """The log densities of reverse programs that a guide holds under a mark, scaled as Pyro scales them."""
+    return [scale_and_mask(s["infer"][mark], s["scale"]) for s in sample_sites(trace).values() if mark in s["infer"]]
 
 
 def beside(of: Sequence[Tensor], dim: int) -> Tensor:
