@@ -59,7 +59,7 @@ def test_objectives(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
     blocks = _blocks("docs/objectives.md", front)
     assert len(blocks) == 7
-    _run("\n".join(blocks), tmp_path, steps=2000)
+    _run("\n".join(blocks).replace("num_particles=5", "num_particles=2"), tmp_path, steps=2000)
 
 
 def _blocks(page: str, front: str) -> list[str]:

@@ -120,15 +120,14 @@ def cotangents_of_branches(program: Program, log_w: Array, of: Branches, coeffic
     xp = backend.xp
     own, others, r = _apart(log_w, of)
 
-    def signals(own: Array) -> tuple[Array, Array]:
-        value, weights = _at(program, own, others)
-        return value, (1 - coefficient) * weights.model
+    value, weights = _at(program, own, others)
+    base, base_weights = _at(program, mean_of_others(others)[:, None], others)
 
     def less(a: Array, b: Array) -> Array:
         return xp.where(xp.isfinite(a - b), a - b, 0.0)
 
-    value, slopes = map(less, signals(own), signals(mean_of_others(others)[:, None]))
-    score, weights = value - slopes, _at(program, own, others)[1]
+    slopes = (1 - coefficient) * less(weights.model, base_weights.model)
+    score = less(value, base) - slopes
     found = combined(
         mean_of_branches(program, log_w, of), Weights(r * weights.model, r * weights.guide), coefficient
     )._replace(score=r * score, summed=r * (score - _mean(score, r)), others=r * slopes)
