@@ -7,22 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpyro
-from jax import lax
 from numpyro.distributions import Delta, Unit
 from numpyro.handlers import block, replay, seed, trace
 from numpyro.primitives import Messenger
 
 from flowppl.numpyro.marks import Trace, innermost, is_scored_site, latents, sampled
-from flowppl.objectives.marginal import (
-    OTHERS,
-    REVERSE,
-    check_kept,
-    check_reverse,
-    densities,
-    is_asked_for,
-    subsampled,
-    without_density,
-)
+from flowppl.objectives.marginal import REVERSE, check_kept, check_reverse, densities, subsampled, without_density
 
 Array = Any
 
@@ -101,18 +91,9 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
             backward.append({name.removesuffix(f"/{m}"): site for name, site in found.items()})
             joint.append(_hidden(replay(guide, {**drawn, **latents(backward[-1])}), *args, **kwargs))
         found = densities(*([shared.total(run) for run in each] for each in (joint, backward)))
+        fn = Unit(found.excess)
         with shared:
-            _factor(f"{keep[0]}/marginal", found.excess)
-        if not is_asked_for():
-            return out
-        still = lax.stop_gradient([values, *({n: s["value"] for n, s in latents(run).items()} for run in backward)])
-        known = [{name: {**first[name], "value": value} for name, value in run.items()} for run in still[1:]]
-        again = (_hidden(replay(reverse, {**plates, **run}), still[0], *args, **kwargs) for run in known)
-        log_r = [shared.total(run) for run in again]
-        for mark, shares in ((REVERSE, found.shares), (OTHERS, [1 - share for share in found.shares])):
-            with shared:
-                of = sum(share * each for share, each in zip(shares, log_r, strict=True))
-                _factor(f"{keep[0]}/{mark}", jnp.zeros_like(of), **{mark: of})
+            numpyro.sample(f"{keep[0]}/marginal", fn, obs=fn.sample(None), infer={"is_auxiliary": True, REVERSE: found})
         return out
 
     return kept
@@ -177,8 +158,3 @@ def _hidden(fn: Callable, *args: Any, **kwargs: Any) -> Trace:
     """A run of which only parameters are seen outside."""
     with block(hide_fn=lambda site: site["type"] in ("sample", "plate", "deterministic")):
         return trace(seed(fn, 0, hide_types=["prng_key", "control_flow"])).get_trace(*args, **kwargs)
-
-
-def _factor(name: str, log_factor: Array, **infer: Any) -> None:
-    fn = Unit(log_factor)
-    numpyro.sample(name, fn, obs=fn.sample(None), infer={"is_auxiliary": True, **infer})

@@ -28,7 +28,7 @@ from flowppl.numpyro.marks import (
     unmasked,
 )
 from flowppl.objectives.enumeration import Assignments, Branches, branches, check_summed
-from flowppl.objectives.marginal import OTHERS, REVERSE, asking_for_reverse
+from flowppl.objectives.marginal import REVERSE
 from flowppl.objectives.score import check_scores
 
 Array = Any
@@ -93,12 +93,7 @@ class Particles:
 
         def one(key: Array, number: Any) -> tuple[Drawn, Sites]:
             guide, met = seed(self._guide, key), Assigned(self._assignments, number)
-            with (
-                gradient_of_draws("path" if with_path else "reparam"),
-                asking_for_reverse(with_path),
-                StillScored(),
-                met,
-            ):
+            with gradient_of_draws("path" if with_path else "reparam"), StillScored(), met:
                 drawn = self._drawn = self._trace(guide, params)
             met.check(drawn)
             for name, site in drawn.items():
@@ -116,10 +111,15 @@ class Particles:
             summed = {n: unmasked(site["fn"]).log_prob(site["value"]) for n, site in still.items() if n not in scores}
             plates = {name: site for name, site in drawn.items() if site["type"] == "plate"}
             values, fixed = ({name: site["value"] for name, site in of.items()} for of in (moving, {**plates, **still}))
-            reverse, others = (
-                {n: _scaled(s, s["infer"][mark]) for n, s in sampled(drawn).items() if mark in s["infer"]}
-                for mark in (REVERSE, OTHERS)
-            )
+            reverse, others = {}, {}
+            if with_path and any(REVERSE in site["infer"] for site in sampled(drawn).values()):
+                still = {
+                    name: {**site, "value": lax.stop_gradient(site["value"])} for name, site in latents(drawn).items()
+                }
+                for name, site in sampled(self._trace(replay(guide, {**drawn, **still}), params)).items():
+                    if REVERSE in site["infer"]:
+                        of = site["infer"][REVERSE]
+                        reverse[name], others[name] = _scaled(site, of.reverse), _scaled(site, of.others)
             return Drawn(values, log_probs, frozen, scores, summed, reverse, others), fixed
 
         found = jax.vmap(partial(one, number=0))(self._keys[0])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from flowppl.backend import Array, backend_of
 from flowppl.errors import UnsupportedModelError
 from flowppl.weights import log_mean_exp, normalize
 
-REVERSE, OTHERS = "flowppl_reverse", "flowppl_others"  # in `infer` of sites that hold log densities of reverse programs
-_ASKED: ContextVar[bool] = ContextVar("reverse programs", default=False)
+REVERSE = "flowppl_reverse"  # in the `infer` of a site: `Densities` of a marginal guide
 
 
 class Densities(NamedTuple):
     """What a marginal guide adds to its run."""
 
     excess: Array  # log q^(x), less the log densities of what was drawn, which are in the run already
-    shares: list[Array]  # by which each draw of u is the one that x came from, without derivatives
+    reverse: Array  # sum_m w_m log r(u_m | x), where derivatives of the shares w_m are left out
+    others: Array  # sum_m (1 - w_m) log r(u_m | x) alike
 
 
 def densities(log_q: Sequence[Array], log_r: Sequence[Array]) -> Densities:
@@ -38,8 +36,10 @@ def densities(log_q: Sequence[Array], log_r: Sequence[Array]) -> Densities:
 
         phi_k sum_m w_m d log r(u_m | x)  +  (phi_k - phi_k without k) sum_m (1 - w_m) d log r(u_m | x),
 
-    where the second part vanishes for the ELBO, and where log-weights are alike. M = 1 is Ranganath, Tran & Blei 2016,
-    "Hierarchical variational models"; M > 1 is Sobolev & Vetrov 2019, "Importance weighted hierarchical variational inference".
+    with derivatives of r in its parameters alone, where the second part vanishes for the ELBO, and where log-weights are alike.
+
+    M = 1 is Ranganath, Tran & Blei 2016, "Hierarchical variational models"; M > 1 is Sobolev & Vetrov 2019, "Importance weighted
+    hierarchical variational inference".
 
     Args:
         log_q: log q(x, u_m) for each m, arrays that broadcast.
@@ -49,23 +49,9 @@ def densities(log_q: Sequence[Array], log_r: Sequence[Array]) -> Densities:
     xp = backend.xp
     ratios = xp.stack(list(xp.broadcast_arrays(*(q - r for q, r in zip(log_q, log_r, strict=True)))))
     excess = log_mean_exp(ratios, axis=0) - log_q[0] - sum(log_r[1:])
+    log_r = xp.stack(list(xp.broadcast_arrays(*log_r, ratios[0])))[:-1]
     shares = backend.stop(normalize(ratios, axis=0))
-    return Densities(excess, [shares[m] for m in range(len(log_r))])
-
-
-@contextmanager
-def asking_for_reverse(asked: bool) -> Iterator[None]:
-    """Inside, marginal guides tell the log densities of their reverse programs, as functions of their parameters alone."""
-    token = _ASKED.set(asked)
-    try:
-        yield
-    finally:
-        _ASKED.reset(token)
-
-
-def is_asked_for() -> bool:
-    """Whether they do."""
-    return _ASKED.get()
+    return Densities(excess, xp.sum(shares * log_r, axis=0), xp.sum((1 - shares) * log_r, axis=0))
 
 
 def check_kept(keep: Collection[str], sites: Collection[str]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
@@ -15,16 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from flowppl.objectives.marginal import (
-    OTHERS,
-    REVERSE,
-    check_kept,
-    check_reverse,
-    densities,
-    is_asked_for,
-    subsampled,
-    without_density,
-)
+from flowppl.objectives.marginal import REVERSE, check_kept, check_reverse, densities, subsampled, without_density
 from flowppl.pyro.marks import is_scored_site, latents, point, sample_sites
 
 
@@ -97,19 +87,9 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
             other = {name: run.nodes[f"{name}/{m}"]["value"] for name in auxiliary}
             joint.append(_hidden(guide, _only(drawn, keep, **other), *args, **kwargs))
         found = densities(*([shared.total(run) for run in each] for each in (joint, backward)))
+        fn = dist.Unit(found.excess, has_rsample=True)
         with shared:
-            _factor(f"{keep[0]}/marginal", found.excess)
-        if not is_asked_for():
-            return drawn.nodes["_RETURN"]["value"]
-        still = {name: value.detach() for name, value in values.items()}
-        log_r = []
-        for m, run in enumerate(backward):
-            known = {name: run.nodes[f"{name}/{m + 1}" if m else name]["value"].detach() for name in auxiliary}
-            log_r.append(shared.total(_hidden(reverse, _only(drawn, (), **known), still, *args, **kwargs)))
-        for mark, shares in ((REVERSE, found.shares), (OTHERS, [1 - share for share in found.shares])):
-            with shared:
-                of = sum(share * each for share, each in zip(shares, log_r, strict=True))
-                _factor(f"{keep[0]}/{mark}", torch.zeros_like(of), **{mark: of})
+            pyro.sample(f"{keep[0]}/marginal", fn, obs=fn.sample(), infer={"is_auxiliary": True, REVERSE: found})
         return drawn.nodes["_RETURN"]["value"]
 
     return kept
@@ -190,8 +170,3 @@ def _hidden(fn: Callable, known: Trace, *args: Any, **kwargs: Any) -> Trace:
     """A run with known values, of which only parameters are seen outside."""
     with poutine.block(hide_fn=lambda site: site["type"] == "sample"):
         return poutine.trace(poutine.replay(fn, trace=known)).get_trace(*args, **kwargs)
-
-
-def _factor(name: str, log_factor: Tensor, **infer: Any) -> None:
-    fn = dist.Unit(log_factor, has_rsample=True)
-    pyro.sample(name, fn, obs=fn.sample(), infer={"is_auxiliary": True, **infer})

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from flowppl.objectives.control import REFRESH, Control, no_control
 from flowppl.objectives.enumeration import Branches, branches, check_summed, cotangents_of_branches, mean_of_branches
-from flowppl.objectives.marginal import OTHERS, REVERSE
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
@@ -234,7 +233,7 @@ class Objective(ELBO):
         def log_probs(trace: Trace) -> Iterable[Tensor]:
             return (site["log_prob"] for site in sample_sites(trace).values())
 
-        frozen = scores = log_r = None
+        frozen = scores = log_r = reverse = others = None
         if path:
             if self._known[0] is not guide:
                 scale = None if linear else plates.scale
@@ -242,14 +241,13 @@ class Objective(ELBO):
                 self._known = guide, particles.unregistered(drawn)
             leaves = particles.registered(drawn) + self._known[1]
             frozen = total(lambda run: particles.frozen_log_q(run_guide, args, kwargs, run, leaves))
+            if particles.has_reverse(drawn):
+                each = [particles.log_reverse(run_guide, args, kwargs, run) for run in runs]
+                reverse, others = (particles.beside([plates.total(x[i]) for x in each], 0) for i in (0, 1))
         if scored:
             scores = total(lambda run: (particles.unscaled(run.nodes[name]) for name in scored))
         if summed:
             log_r = total(lambda run: (unmasked(run.nodes[name]) for name in summed))
-        reverse = others = None
-        if particles.marked(drawn, REVERSE):
-            reverse = total(lambda run: particles.marked(run, REVERSE))
-            others = total(lambda run: particles.marked(run, OTHERS))
         of = branches(None, log_r, self.num_particles) if summed else None
         log_p, log_q = plates.total(log_probs(model_trace)), total(log_probs)
         return _Particles(log_p, log_q, frozen, scores, log_r, reverse, others, plates, ratio, of)

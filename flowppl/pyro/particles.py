@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives.enumeration import Assignments
-from flowppl.objectives.marginal import asking_for_reverse
+from flowppl.objectives.marginal import REVERSE
 from flowppl.pyro.distributions import with_scores
 from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
 
@@ -105,12 +105,7 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
     assignments = Assignments()
 
     def one(number: int) -> Trace:
-        with (
-            with_scores() if scores else nullcontext(),
-            asking_for_reverse(scores),
-            StillScored(),
-            Assigned(assignments, number),
-        ):
+        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     first = one(0)
@@ -133,9 +128,20 @@ def _set_noise(noise: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(noise[1])
 
 
-def marked(trace: Trace, mark: str) -> list[Tensor]:
-    """The log densities of reverse programs that a guide holds under a mark, scaled as Pyro scales them."""
-    return [scale_and_mask(s["infer"][mark], s["scale"]) for s in sample_sites(trace).values() if mark in s["infer"]]
+def has_reverse(trace: Trace) -> bool:
+    """Whether a guide has marginal parts, with reverse programs."""
+    return any(REVERSE in site["infer"] for site in sample_sites(trace).values())
+
+
+def log_reverse(
+    guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log densities of reverse programs at what a guide drew, as functions of parameters alone; see `densities`."""
+    still = replayed(trace, lambda _, value: value.detach())
+    again = poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
+    sites = [site for site in sample_sites(again).values() if REVERSE in site["infer"]]
+    of = [(site["infer"][REVERSE], site["scale"]) for site in sites]
+    return [scale_and_mask(d.reverse, s) for d, s in of], [scale_and_mask(d.others, s) for d, s in of]
 
 
 def beside(of: Sequence[Tensor], dim: int) -> Tensor:
