@@ -9,9 +9,19 @@ from flowppl.backend import get_backend
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives import programs
 from flowppl.objectives.enumeration import Branches, cotangents_of_branches
-from tests.fronts import NUMPYRO, PROGRAMS, PYRO, assert_mean_zero, each_front, quick_and_precise, with_gradient
+from tests.fronts import (
+    NUMPYRO,
+    PROGRAMS,
+    PYRO,
+    assert_mean_zero,
+    each_front,
+    needs_both,
+    quick_and_precise,
+    with_gradient,
+)
 from tests.registry import on
 
+needs_both()
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_and_precise.__name__)]
 

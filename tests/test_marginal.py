@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from flowppl.errors import UnsupportedModelError
-from tests.fronts import NUMPYRO, PROGRAMS, PYRO, assert_mean_zero, each_front, quick_and_precise, with_gradient
+from tests.fronts import (
+    NUMPYRO,
+    PROGRAMS,
+    PYRO,
+    assert_mean_zero,
+    each_front,
+    needs_both,
+    quick_and_precise,
+    with_gradient,
+)
 
+needs_both()
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(quick_and_precise.__name__)]
 
