@@ -87,11 +87,14 @@ def assert_mean_zero(draws: np.ndarray) -> None:
 
 
 def _jax_estimates(loss: Any, model: Any, guide: Any, num: int, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-    params = {}
-    for each in (guide, model):
-        with handlers.block():
+    def start() -> dict[str, Any]:
+        params = {}
+        for each in (guide, model):
             found = handlers.trace(handlers.seed(each, 0)).get_trace(*args)
-        params |= {name: site["value"] for name, site in found.items() if site["type"] == "param"}
+            params |= {name: site["value"] for name, site in found.items() if site["type"] == "param"}
+        return params
+
+    params = jax.jit(start)()  # compiled, all else that guide and model do is left out
     of = jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, *args))
     values, grads = jax.jit(jax.vmap(partial(of, params)))(jax.random.split(jax.random.key(1), num))
     return np.asarray(values), np.stack([np.asarray(grads[name]).reshape(num, -1) for name in sorted(grads)], -1)[:, 0]

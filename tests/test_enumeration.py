@@ -81,7 +81,7 @@ def by_quadrature(program, k):
         (PYRO, "iwae", 3, guide, ("path", "reparam")),
         (PYRO, "user", 3, first_scored, ("path", "reparam")),
         (NUMPYRO, "iwae", 3, guide, ("path",)),
-        (NUMPYRO, "user", 3, first_scored, ("path", "reparam")),
+        (NUMPYRO, "user", 3, first_scored, ("path",)),
     ],
     ids=["pyro-elbo", "pyro-user", "pyro-iwae", "pyro-scored", "numpyro-iwae", "numpyro-scored"],
 )
@@ -155,11 +155,9 @@ def test_guides_of_nothing_else_are_exact(front):
     """One particle of any program, and any number of the ELBO; the plate's scale multiplies what is found; under a mask too."""
     for program, k, kind in (("user", 1, "path"), ("elbo", 3, "reparam")):
         loss = front.objectives.Objective(PROGRAMS[program], k, gradient=kind)
-        values, grads = front.estimates(loss, discrete_model, discrete_guide, 2, 3)
-        expected = by_enumeration(PROGRAMS[program])
+        values, grads = front.estimates(loss, discrete_model, discrete_guide, 2, 6)
+        expected = 2 * by_enumeration(PROGRAMS[program])  # half of the rows are seen
         np.testing.assert_allclose(np.concatenate([values[:, None], grads], 1), [expected] * 2, rtol=1e-9)
-    values, grads = front.estimates(loss, discrete_model, discrete_guide, 1, 6)
-    np.testing.assert_allclose(np.concatenate([values[:, None], grads], 1), [2 * expected], rtol=1e-9)
 
 
 # What cannot be summed out
