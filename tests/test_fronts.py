@@ -59,6 +59,7 @@ def test_files_agree() -> None:
         "flow_module",
         "load_flow",
         "load_npe",
+        "marginal",
         "npe",
         "save_flow",
         "to_arviz",

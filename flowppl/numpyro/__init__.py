@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
 
 from flowppl.numpyro.amortized import AmortizedFlow
 from flowppl.numpyro.annealing import AnnealedPosterior, anneal
+from flowppl.numpyro.auxiliary import marginal
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution, FlowTransform
 from flowppl.numpyro.export import to_arviz
@@ -37,6 +38,7 @@ __all__ = [
     "from_flowjax",
     "load_flow",
     "load_npe",
+    "marginal",
     "npe",
     "save_flow",
     "to_arviz",

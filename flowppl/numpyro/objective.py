@@ -12,10 +12,10 @@ from numpyro.infer.elbo import ELBO
 from numpyro.primitives import mutable
 
 from flowppl.errors import UnsupportedModelError
-from flowppl.numpyro.particles import CONTROL, Particles
+from flowppl.numpyro.particles import CONTROL, Drawn, Particles, Sites
 from flowppl.objectives.control import REFRESH, Control
-from flowppl.objectives.programs import Program, Value, cotangents, requested
-from flowppl.objectives.score import check_scores
+from flowppl.objectives.enumeration import cotangents_of_branches
+from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 
 Array = Any
 PutBack = Callable[[list[Array]], dict[str, Any]]
@@ -29,7 +29,7 @@ class Objective(ELBO):
     score their draws once more with their parameters held still, so any of NumPyro's will do. Weights are computed for each
     element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as
     discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out
-    baselines; several particles have the less noise.
+    baselines; several particles have the less noise. Sites of few values that are marked `infer={"grad": "enum"}` are summed out.
 
     Args:
         program: A name ("elbo", "iwae", "cubo", "vis", "rws", "jensen_shannon", "tail_adaptive"), a `Program` such as
@@ -42,11 +42,11 @@ class Objective(ELBO):
 
     Raises:
         ValueError: there is no such program or gradient, or the program is biased and that was not asked for; at a step: a site
-            is marked neither "score" nor "reparam".
+            is marked neither "score", "enum" nor "reparam".
         UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
-            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
-            score values; a plate subsamples that does not enclose all sites, and the program is not linear; or nothing keeps the
-            coefficient.
+            those of its value, cannot be what it is marked for or be summed out, is moved by parameters without a density, is
+            scaled, or cannot score values; a plate subsamples that does not enclose all sites, and the program is not linear; or
+            nothing keeps the coefficient.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -158,29 +158,44 @@ def _estimate(
     particles: Particles, put_back: PutBack, program: Program, params: list[Array], with_path: bool
 ) -> tuple[Array, Callable[[Array | float], list[Array]]]:
     """The program's value, and its gradient as a function of the coefficient of the plain estimator."""
-    (values, log_q, frozen, scores), pull_draw, fixed = jax.vjp(
-        lambda params: particles.draw(put_back(params), with_path), params, has_aux=True
+    drawn, pull_draw, fixed = jax.vjp(lambda params: particles.draw(put_back(params), with_path), params, has_aux=True)
+    log_p, pull_score = jax.vjp(
+        lambda params, values: particles.score(put_back(params), values, fixed), params, drawn.values
     )
-    scored = particles.scored_sites()
-    check_scores(scored, program.unbiased)
-    log_p, pull_score = jax.vjp(lambda params, values: particles.score(put_back(params), values, fixed), params, values)
     if with_path:
         particles.check_densities(params, put_back, program.linear)
     total, scale = particles.total(program.linear)
     log_p, pull_log_p = jax.vjp(total, log_p)
-    log_q, pull_log_q = jax.vjp(total, log_q)
-    _, pull_frozen = jax.vjp(total, frozen)
-    _, pull_scores = jax.vjp(total, scores)
+    log_q, pull_log_q = jax.vjp(total, drawn.log_q)
+    log_r, _ = jax.vjp(total, drawn.summed)
+    branches = particles.branches(log_r, program.unbiased)
     log_w = lax.stop_gradient(log_p - log_q) / scale
-    unit = cotangents(program, log_w, 1.0)
+
+    def at(coefficient: Array | float) -> Cotangents:
+        if branches is not None:
+            return cotangents_of_branches(program, log_w, branches, coefficient)
+        return cotangents(program, log_w, coefficient, scored=bool(drawn.scores), reverse=bool(drawn.reverse))
+
+    def pull(sites: Sites, weight: Array, scale: Array | float = 1.0) -> Sites:
+        """From log densities that are added up to those of sites, if there are any."""
+        return jax.vjp(total, sites)[1](scale * weight)[0] if sites else sites
+
+    unit = at(1.0)
     from_model, from_latents = pull_score(*pull_log_p(unit.model))
 
     def pull_back(coefficient: Array | float) -> list[Array]:
-        c = cotangents(program, log_w, coefficient, scored=bool(scored))
-        through = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
-        still = pull_frozen(c.frozen)[0] if with_path else frozen
-        signal = scores if c.score is None else pull_scores(scale * c.score)[0]
-        (from_guide,) = pull_draw((through, *pull_log_q(c.plain), still, signal))
+        c = at(coefficient)
+        (from_guide,) = pull_draw(
+            Drawn(
+                {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()},
+                pull_log_q(c.plain)[0],
+                pull(drawn.frozen, c.frozen),
+                pull(drawn.scores, c.score, scale),
+                pull(drawn.summed, c.summed, scale),
+                pull(drawn.reverse, c.reverse),
+                pull(drawn.others, c.others),
+            )
+        )
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 
     return scale * jnp.sum(unit.value), pull_back

@@ -4,30 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.distributions import Delta
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.distributions import flow_of, gradient_of_draws
-from flowppl.objectives.score import is_scored
+from flowppl.numpyro.marks import (
+    Assigned,
+    StillScored,
+    Trace,
+    innermost,
+    is_scored_site,
+    is_summed,
+    latents,
+    sampled,
+    unmasked,
+)
+from flowppl.objectives.enumeration import Assignments, Branches, branches, check_summed
+from flowppl.objectives.marginal import REVERSE
+from flowppl.objectives.score import check_scores
 
 Array = Any
-Trace = dict[str, dict[str, Any]]
-Sites = dict[str, Array]  # arrays by site, (K, *batch, *event)
+Sites = dict[str, Array]  # arrays by site, (K, *batch, *event); where sites are summed out, K * M
 CONTROL = "flowppl_control"  # the mutable site of guides that keep a coefficient
 _OUTSIDE = ["sample", "prng_key", "control_flow"]  # what differs between particles; they share subsamples of plates
 
 
+class Drawn(NamedTuple):
+    """What a guide drew: values of its reparametrised sites, and log densities by site."""
+
+    values: Sites
+    log_q: Sites
+    frozen: Sites  # with the parameters frozen, where that is asked for
+    scores: Sites  # of scored sites, without the scale of plates
+    summed: Sites  # of sites that are summed out, without the scale of plates
+    reverse: Sites  # of reverse programs, where the draw might come from, as functions of their parameters alone
+    others: Sites  # alike, where it comes from the reverse program
+
+
 class Particles:
     """One run of a guide and a model, as functions that can be differentiated: `draw`, then `score`, then the others.
+
+    Where the guide has sites that are summed out, a particle is as many branches, beside one another, as there are assignments of
+    values to them; what is drawn for other sites comes from the same keys.
 
     Args:
         rng_key: A key.
@@ -44,12 +70,13 @@ class Particles:
         plate_key, guide_key, model_key = jax.random.split(rng_key, 3)
         self._model, self._guide = (seed(f, plate_key, hide_types=_OUTSIDE) for f in (model, guide))
         self._keys = [jax.random.split(key, num_particles) for key in (guide_key, model_key)]
-        self._args, self._kwargs = args, kwargs
+        self._pick_key = jax.random.fold_in(rng_key, 3)  # what a split in three does not have
+        self._args, self._kwargs, self._assignments = args, kwargs, Assignments()
         # What is no array in traces is the same for all particles, and outlives the functions that made it.
         self._drawn: Trace = {}
         self._scored: Trace = {}
 
-    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[tuple[Sites, Sites, Sites, Sites], Sites]:
+    def draw(self, params: dict[str, Any], with_path: bool) -> tuple[Drawn, Sites]:
         """Runs the guide.
 
         Args:
@@ -57,35 +84,51 @@ class Particles:
             with_path: Whether to score the draws once more with the parameters frozen.
 
         Returns:
-            Values of its reparametrised sites, log densities of all, the latter once more with the parameters frozen, and those
-            of scored sites without the scale of plates; and what scored sites and plates drew.
+            What can be differentiated, and what scored sites, those that are summed out, and plates drew.
 
         Raises:
             ValueError: a site is marked for what there is not.
             UnsupportedModelError: a site cannot score a value, cannot be what it is marked for, or is mutable.
         """
 
-        def one(key: Array) -> tuple[tuple[Sites, Sites, Sites, Sites], Sites]:
-            guide = seed(self._guide, key)
-            with gradient_of_draws("path" if with_path else "reparam"), _StillScored():
+        def one(key: Array, number: Any) -> tuple[Drawn, Sites]:
+            guide, met = seed(self._guide, key), Assigned(self._assignments, number)
+            with gradient_of_draws("path" if with_path else "reparam"), StillScored(), met:
                 drawn = self._drawn = self._trace(guide, params)
+            met.check(drawn)
             for name, site in drawn.items():
                 if site["type"] == "mutable" and name != CONTROL:
                     raise UnsupportedModelError(
                         f"site {name!r} of the guide is mutable, and particles cannot share its state"
                     )
-            moving, still = ({n: s for n, s in _latents(drawn).items() if _is_scored(s) == x} for x in (False, True))
+            moving, still = ({n: s for n, s in latents(drawn).items() if is_scored_site(s) == x} for x in (False, True))
             frozen = {}
             if with_path:
                 again = self._trace(replay(guide, drawn), lax.stop_gradient(params))
-                frozen = {name: _frozen_log_prob(site, drawn[name]) for name, site in _sampled(again).items()}
-            log_probs = {name: _log_prob(site) for name, site in _sampled(drawn).items()}
-            scores = {name: _log_prob({**site, "scale": None}) for name, site in still.items()}
+                frozen = {name: _frozen_log_prob(site, drawn[name]) for name, site in sampled(again).items()}
+            log_probs = {name: _log_prob(site) for name, site in sampled(drawn).items()}
+            scores = {n: _log_prob({**site, "scale": None}) for n, site in still.items() if not is_summed(site)}
+            summed = {n: unmasked(site["fn"]).log_prob(site["value"]) for n, site in still.items() if n not in scores}
             plates = {name: site for name, site in drawn.items() if site["type"] == "plate"}
             values, fixed = ({name: site["value"] for name, site in of.items()} for of in (moving, {**plates, **still}))
-            return (values, log_probs, frozen, scores), fixed
+            reverse, others = {}, {}
+            if with_path and any(REVERSE in site["infer"] for site in sampled(drawn).values()):
+                still = {
+                    name: {**site, "value": lax.stop_gradient(site["value"])} for name, site in latents(drawn).items()
+                }
+                for name, site in sampled(self._trace(replay(guide, {**drawn, **still}), params)).items():
+                    if REVERSE in site["infer"]:
+                        of = site["infer"][REVERSE]
+                        reverse[name], others[name] = _scaled(site, of.reverse), _scaled(site, of.others)
+            return Drawn(values, log_probs, frozen, scores, summed, reverse, others), fixed
 
-        return jax.vmap(one)(self._keys[0])
+        found = jax.vmap(partial(one, number=0))(self._keys[0])
+        num = len(self._assignments)
+        if num > 1:
+            every = jax.vmap(lambda key: jax.vmap(partial(one, key))(jnp.arange(num)))(self._keys[0])
+            found = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), every)
+            self._keys[1] = self._keys[1][jnp.arange(self._keys[1].shape[0] * num) // num]
+        return found
 
     def score(self, params: dict[str, Any], values: Sites, fixed: Sites) -> Sites:
         """Log densities of the model's sites at what the guide drew.
@@ -97,11 +140,11 @@ class Particles:
         def one(key: Array, values: Sites, fixed: Sites) -> Sites:
             known = {name: {**self._drawn[name], "value": value} for name, value in {**values, **fixed}.items()}
             self._scored = self._trace(replay(seed(self._model, key), known), params)
-            return {name: _log_prob(site) for name, site in _sampled(self._scored).items()}
+            return {name: _log_prob(site) for name, site in sampled(self._scored).items()}
 
         found = jax.vmap(one)(self._keys[1], values, fixed)
         check_model_guide_match(self._scored, self._drawn)
-        for name, site in _latents(self._scored).items():
+        for name, site in latents(self._scored).items():
             if name not in self._drawn and site["infer"].get("enumerate"):
                 raise UnsupportedModelError(
                     f"site {name!r} of the model is marked for enumeration: use TraceEnum_ELBO, or draw it in the guide"
@@ -123,7 +166,25 @@ class Particles:
 
     def scored_sites(self) -> list[str]:
         """The guide's sites that get their gradients from their scores."""
-        return [name for name, site in _latents(self._drawn).items() if _is_scored(site)]
+        return [name for name, site in latents(self._drawn).items() if is_scored_site(site)]
+
+    def branches(self, log_r: Array, unbiased: bool) -> Branches | None:
+        """The branches of particles, from the total log density of sites that are summed out; None if there are no such sites.
+
+        Args:
+            log_r: Of the branches, `(K * M, *batch)`.
+            unbiased: Whether the program's gradients are those of its value.
+
+        Raises:
+            UnsupportedModelError: there are scored sites or such sites for which the program has no gradient, or that cannot be
+                summed out.
+        """
+        for name in self._assignments:
+            check_summed(name, self._drawn[name]["fn"].batch_shape, self._dims, unbiased)
+        check_scores(self.scored_sites(), unbiased)
+        if not any(True for _ in self._assignments):
+            return None
+        return branches(self._pick_key, log_r, self._keys[0].shape[0])
 
     def beside(self, name: str, value: Array, weight: Array) -> Array:
         """Weights `(K, *batch)` in the axes that the values of a site, `(K, *batch, *event)`, have for them."""
@@ -138,15 +199,15 @@ class Particles:
         Raises:
             UnsupportedModelError: a `Delta` moves with parameters, or a site has a scale that is not that of plates.
         """
-        sites = _latents(self._drawn)
-        deltas = [name for name, site in sites.items() if isinstance(_innermost(site["fn"]), Delta)]
+        sites = latents(self._drawn)
+        deltas = [name for name, site in sites.items() if isinstance(innermost(site["fn"]), Delta)]
         if deltas:
             known = {n: jnp.zeros(jnp.shape(s["value"]), s["value"].dtype) for n, s in sites.items()}
 
             def points(params: list[Array], known: Sites) -> dict[str, Array]:
                 still = {name: {**sites[name], "value": value} for name, value in known.items()}
                 again = self._trace(replay(seed(self._guide, jax.random.key(0)), still), put_back(params))
-                fns = {name: _innermost(again[name]["fn"]) for name in deltas}
+                fns = {name: innermost(again[name]["fn"]) for name in deltas}
                 return {name: fn.log_density if linear else fn.v for name, fn in fns.items()}
 
             for name, found in eval_provenance(points, params=params, known=known).items():
@@ -169,42 +230,12 @@ class Particles:
         return trace(substitute(fn, data=params)).get_trace(*self._args, **self._kwargs)
 
 
-def _sampled(found: Trace) -> Trace:
-    return {name: site for name, site in found.items() if site["type"] == "sample"}
-
-
-def _latents(found: Trace) -> Trace:
-    return {name: site for name, site in _sampled(found).items() if not site["is_observed"]}
-
-
-class _StillScored(Messenger):
-    """Takes the derivatives off what scored sites draw; around `trace`, which sees messages after it."""
-
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and not msg["is_observed"] and _is_scored(msg):
-            msg["value"], msg["intermediates"] = lax.stop_gradient(msg["value"]), []
-
-
-def _is_scored(site: dict[str, Any]) -> bool:
-    """Whether a site of the guide has its score for a gradient, and not the derivatives of its draws.
-
-    Raises:
-        ValueError: it is marked for what there is not.
-        UnsupportedModelError: it cannot be what it is marked for.
-    """
-    moves = site["fn"].has_rsample and jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating)
-    point = isinstance(_innermost(site["fn"]), Delta)
-    return is_scored(site["name"], site["infer"].get("grad"), type(site["fn"]).__name__, moves=moves, point=point)
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, ExpandedDistribution | Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def _log_prob(site: dict[str, Any]) -> Array:
     log_prob = site["fn"].log_prob(site["value"], *([site["intermediates"]] if site["intermediates"] else []))
+    return _scaled(site, log_prob)
+
+
+def _scaled(site: dict[str, Any], log_prob: Array) -> Array:
     return log_prob if site["scale"] is None else site["scale"] * log_prob
 
 
@@ -223,7 +254,7 @@ def _frozen_log_prob(site: dict[str, Any], drawn: dict[str, Any]) -> Array:
 
 def _shared_plates(model: Trace, guide: Trace, linear: bool = False) -> tuple[frozenset[int], float]:
     """The dimensions of the plates that all sites share, and what their subsampling multiplies log densities by."""
-    stacks = [set(site["cond_indep_stack"]) for found in (model, guide) for site in _sampled(found).values()]
+    stacks = [set(site["cond_indep_stack"]) for found in (model, guide) for site in sampled(found).values()]
     shared, scale = set.intersection(*stacks), 1.0
     for frame in set.union(*stacks):
         share = {**guide, **model}[frame.name]["args"][0] / frame.size

@@ -57,7 +57,7 @@ def derived(value: Value, log_w: LogWeights) -> Weights:
     """The weights of the gradients of E[phi], by differentiating phi twice; see `Program`."""
     backend, k = backend_of(log_w), log_w.shape[0]
     xp = backend.xp
-    first, pull = backend.vjp(lambda log_w: _slope(value, log_w), log_w)
+    first, pull = backend.vjp(lambda log_w: slope(value, log_w), log_w)
     one_hot = backend.asarray(xp.eye(k, dtype=log_w.dtype), log_w)
     rows = xp.broadcast_to(xp.reshape(one_hot, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
     # Elements of the batch do not mix, so that one pullback yields the row of each of them.
@@ -65,7 +65,8 @@ def derived(value: Value, log_w: LogWeights) -> Weights:
     return backend.stop(Weights(first, first - second))
 
 
-def _slope(value: Value, log_w: LogWeights) -> Array:
+def slope(value: Value, log_w: LogWeights) -> Array:
+    """The derivative of phi, element by element of the batch."""
     out, pull = backend_of(log_w).vjp(value, log_w)
     return pull(backend_of(log_w).xp.ones_like(out))[0]
 
@@ -287,10 +288,15 @@ class Cotangents(NamedTuple):
     latents: Array  # of log p, to the latents
     frozen: Array  # of log q as a function of the latents, with the guide's parameters frozen
     plain: Array  # of log q as a function of the guide's parameters altogether
-    score: Array | None = None  # of log q of scored sites, as a function of the guide's parameters altogether
+    reverse: Array  # of log r, to the parameters of reverse programs, where the draw might come from; see `marginal`
+    score: Any = None  # where asked for: of log q of scored sites, as a function of the guide's parameters altogether
+    summed: Any = None  # of log q of sites that are summed out, alike
+    others: Any = None  # of log r where the draw comes from the reverse program
 
 
-def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False) -> Cotangents:
+def cotangents(
+    program: Program, log_w: LogWeights, coefficient: Any, *, scored: bool = False, reverse: bool = False
+) -> Cotangents:
     """The gradient of a program: the path gradient at coefficient zero, the plain one at one, a mixture between them.
 
     Let a guide have scored sites beside reparametrised ones, and log q_d be the log density of the former alone. The plain gradient
@@ -305,18 +311,25 @@ def cotangents(program: Program, log_w: LogWeights, coefficient: Any, *, scored:
         log_w: Log-weights.
         coefficient: Of the mixture.
         scored: Whether there are scored sites.
+        reverse: Whether there are reverse programs.
     """
-    value, (model, guide) = program(log_w)
-    xp = backend_of(log_w).xp
+    found = combined(*program(log_w), coefficient)
+    if not (scored or reverse):
+        return found
+
+    def model(log_w: LogWeights) -> Array:
+        return slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
+
+    others = (1 - coefficient) * leave_one_out(model, log_w)
+    return found._replace(score=leave_one_out(program.value, log_w) - others if scored else None, others=others)
+
+
+def combined(value: Array, weights: Weights, coefficient: Any) -> Cotangents:
+    """The mixture of path and plain gradients, without scored sites; see `cotangents`."""
+    model, guide = weights
+    xp = backend_of(model).xp
     path = (1 - coefficient) * guide
     floor = _TINY * xp.max(xp.maximum(xp.abs(model), xp.abs(guide))) + _TINIEST
     above_zero = xp.where(xp.abs(model) < floor, floor, model)
-    score = _scores(program, log_w, coefficient) if scored else None
-    return Cotangents(value, above_zero, path + coefficient * model, -path, -coefficient * model, score)
-
-
-def _scores(program: Program, log_w: LogWeights, coefficient: Any) -> Array:
-    def slope(log_w: LogWeights) -> Array:
-        return _slope(program.value, log_w) if program.weights is None else program.weights(log_w).model
-
-    return leave_one_out(program.value, log_w) - (1 - coefficient) * leave_one_out(slope, log_w)
+    latents = path + coefficient * model
+    return Cotangents(value, above_zero, latents, -path, -coefficient * model, (1 - coefficient) * model)

@@ -22,14 +22,9 @@ def leave_one_out(credit: Callable[[Array], Array], log_w: Array) -> Array:
         `(K, *batch)`, without derivatives; zero where it would not be finite.
     """
     backend = backend_of(log_w)
-    xp, log_w, k = backend.xp, backend.stop(log_w), log_w.shape[0]
-    eye = backend.asarray(xp.eye(k, dtype=log_w.dtype), log_w)
-    own = xp.broadcast_to(xp.reshape(eye, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
-    fine = xp.isfinite(log_w)
-    others = (1 - own) * xp.astype(fine, log_w.dtype)
-    known = xp.sum(others * xp.where(fine, log_w, 0.0), axis=1)
-    mean = known / xp.clip(xp.sum(others, axis=1), 1.0, None)
-    without = xp.where(own > 0, mean[:, None], log_w)
+    xp, log_w = backend.xp, backend.stop(log_w)
+    own = _one_hot(log_w)
+    without = xp.where(own > 0, mean_of_others(log_w)[:, None], log_w)
 
     def of(log_w: Array, row: Array) -> Array:
         found = credit(log_w)
@@ -39,8 +34,26 @@ def leave_one_out(credit: Callable[[Array], Array], log_w: Array) -> Array:
     return backend.stop(xp.where(xp.isfinite(signal), signal, 0.0))
 
 
+def mean_of_others(log_w: Array) -> Array:
+    """The mean of the other particles' finite log-weights, `(K, *batch)`; zero if there are none."""
+    xp = backend_of(log_w).xp
+    fine = xp.isfinite(log_w)
+    others = (1 - _one_hot(log_w)) * xp.astype(fine, log_w.dtype)
+    known = xp.sum(others * xp.where(fine, log_w, 0.0), axis=1)
+    return known / xp.clip(xp.sum(others, axis=1), 1.0, None)
+
+
+def _one_hot(log_w: Array) -> Array:
+    """Which of the particles is whose own, `(K, K, *batch)`."""
+    backend, k = backend_of(log_w), log_w.shape[0]
+    eye = backend.asarray(backend.xp.eye(k, dtype=log_w.dtype), log_w)
+    return backend.xp.broadcast_to(backend.xp.reshape(eye, (k, k) + (1,) * (log_w.ndim - 1)), (k, *log_w.shape))
+
+
 def is_scored(name: str, marked: str | None, distribution: str, *, moves: bool, point: bool) -> bool:
     """Whether a site of a guide gets its gradient from its score: one that draws without derivatives, or is marked for it.
+
+    One that is summed out is such a site, all of whose values are looked at.
 
     Args:
         name: Of the site.
@@ -50,12 +63,11 @@ def is_scored(name: str, marked: str | None, distribution: str, *, moves: bool, 
         point: Whether it is a `Delta`.
 
     Raises:
-        ValueError: it is marked neither "score" nor "reparam".
+        ValueError: it is marked neither "score", "enum" nor "reparam".
         UnsupportedModelError: it cannot be what it is marked for.
     """
-    if marked not in (None, "score", "reparam"):
-        more = ": a site that is summed out belongs to TraceEnum_ELBO" if marked == "enum" else ""
-        raise ValueError(f'site {name!r} has infer["grad"] {marked!r}, expected "score" or "reparam"{more}')
+    if marked not in (None, "score", "enum", "reparam"):
+        raise ValueError(f'site {name!r} has infer["grad"] {marked!r}, expected "score", "enum" or "reparam"')
     if marked == "reparam" and not moves:
         raise UnsupportedModelError(
             f"site {name!r} of the guide has the distribution {distribution}, which draws without derivatives, and is marked "
@@ -65,7 +77,7 @@ def is_scored(name: str, marked: str | None, distribution: str, *, moves: bool, 
         raise UnsupportedModelError(
             f'site {name!r} of the guide is a Delta, which has no score: do not mark it "score"'
         )
-    return marked == "score" or not moves
+    return marked in ("score", "enum") or not moves
 
 
 def check_scores(names: list[str], unbiased: bool) -> None:

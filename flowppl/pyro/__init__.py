@@ -10,6 +10,7 @@ except ImportError as error:
 
 from flowppl.pyro.amortized import AmortizedFlow
 from flowppl.pyro.annealing import AnnealedPosterior, anneal
+from flowppl.pyro.auxiliary import marginal
 from flowppl.pyro.density import LogDensity
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.export import to_arviz
@@ -37,6 +38,7 @@ __all__ = [
     "from_zuko",
     "load_flow",
     "load_npe",
+    "marginal",
     "npe",
     "save_flow",
     "to_arviz",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,25 +10,37 @@ import torch
 from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
 from flowppl.objectives.control import REFRESH, Control, no_control
+from flowppl.objectives.enumeration import Branches, branches, check_summed, cotangents_of_branches, mean_of_branches
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
+from flowppl.pyro.marks import is_summed, sample_sites, scored_sites, unmasked
 from flowppl.pyro.particles import Plates
 
 
 class _Particles(NamedTuple):
-    """One run of guide and model: log densities `(K, *batch)`, scaled as Pyro scales them."""
+    """One run of guide and model: log densities `(K, *batch)`, scaled as Pyro scales them; where sites are summed out, `K * M`."""
 
     log_p: Tensor
     log_q: Tensor
     frozen: Tensor | None  # log q as a function of the latents alone, where it is needed
     scores: Tensor | None  # log q of scored sites, without the scale of plates, where there are any
+    log_r: Tensor | None  # log q of sites that are summed out, alike
+    reverse: Tensor | None  # log r of reverse programs, where there are any and that is needed
+    others: Tensor | None  # alike
     plates: Plates
     ratio: list[Tensor]  # what the gradient of log p in the latents is multiplied by
+    branches: Branches | None  # of particles, where sites are summed out
+
+    def log_w(self) -> Tensor:
+        """Log-weights, without derivatives."""
+        return (self.log_p - self.log_q).detach() / self.plates.scale
 
     def pull(self, weights: Cotangents, *, plain: bool) -> Tensor:
         """A scalar of no meaning, whose gradient is that of the objective; `ratio` is set for it."""
@@ -38,7 +50,15 @@ class _Particles(NamedTuple):
             self.ratio[:] = [weights.latents / weights.model]
             total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
             total = total + (weights.plain * self.log_q).sum() if plain else total
-        return total if self.scores is None else total + self.plates.scale * (weights.score * self.scores).sum()
+        scale = self.plates.scale
+        for of, weight, log_prob in (
+            (scale, weights.score, self.scores),
+            (scale, weights.summed, self.log_r),
+            (1.0, weights.reverse, self.reverse),
+            (1.0, weights.others, self.others),
+        ):
+            total = total if log_prob is None else total + of * (weight * log_prob).sum()
+        return total
 
 
 class Objective(ELBO):
@@ -49,7 +69,8 @@ class Objective(ELBO):
     get the plain one. This holds for guides of any distributions that have derivatives of their draws and can score values, Pyro's
     own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter. Sites that draw without
     derivatives, such as discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with
-    leave-one-out baselines; several particles have the less noise.
+    leave-one-out baselines; several particles have the less noise. Sites of few values that are marked `infer={"grad": "enum"}` are
+    summed out: see `flowppl.objectives.enumeration`.
 
     Particles are always vectorised. Log-weights are kept apart for the elements of plates that enclose every sample site of model
     and guide, and summed over others. A guide runs twice in a step, so that beside its sample sites nothing in it may be random.
@@ -66,10 +87,10 @@ class Objective(ELBO):
 
     Raises:
         ValueError: there is no such program or gradient, the program is biased, or it has no plain gradient; at a step: a site is
-            marked neither "score" nor "reparam".
+            marked neither "score", "enum" nor "reparam".
         UnsupportedModelError: at a step: a site of the guide draws without derivatives and the gradients of the program are not
-            those of its value, cannot be what it is marked for, is moved by parameters without a density, is scaled, or cannot
-            score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
+            those of its value, cannot be what it is marked for or be summed out, is moved by parameters without a density, is
+            scaled, or cannot score values; or a plate subsamples that does not enclose all sites, and the program is not linear.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -114,7 +135,7 @@ class Objective(ELBO):
         """An estimate of the loss, attached to all parameters; the derivatives mean something once, and not their own."""
         run = self._get_trace(model, guide, args, kwargs)
         if not torch.is_grad_enabled():
-            return -self.program.value((run.log_p - run.log_q) / run.plates.scale).sum() * run.plates.scale
+            return -self._value(run)
         value, weights = self._look(run, self._coefficient())
         surrogate = run.pull(weights, plain=self.gradient == "auto")
         return -(surrogate + (value - surrogate).detach())
@@ -153,18 +174,26 @@ class Objective(ELBO):
             return 0.0 if self._control is None else self._control.coefficient
         return float(self.gradient == "reparam")
 
+    def _value(self, run: _Particles) -> Tensor:
+        if run.branches is None:
+            return self.program.value(run.log_w()).sum() * run.plates.scale
+        return mean_of_branches(self.program, run.log_w(), run.branches).sum() * run.plates.scale
+
     def _look(self, run: _Particles, coefficient: Any) -> tuple[Tensor, Cotangents]:
         """The objective, summed over plates, and the weights of its gradient."""
-        log_w = (run.log_p - run.log_q).detach() / run.plates.scale
-        weights = cotangents(self.program, log_w, coefficient, scored=run.scores is not None)
+        if run.branches is None:
+            asked = {"scored": run.scores is not None, "reverse": run.reverse is not None}
+            weights = cotangents(self.program, run.log_w(), coefficient, **asked)
+        else:
+            weights = cotangents_of_branches(self.program, run.log_w(), run.branches, coefficient)
         return weights.value.sum() * run.plates.scale, weights
 
     def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         super()._guess_max_plate_nesting(model, guide, args, kwargs)
         self.max_plate_nesting += self.num_particles == 1  # a plate of one particle is a plate here
 
-    def _vectorized_num_particles(self, fn: Callable) -> Callable:
-        return pyro.plate("num_particles_vectorized", self.num_particles, dim=-self.max_plate_nesting)(fn)
+    def _vectorized_num_particles(self, fn: Callable, branches: int = 1) -> Callable:
+        return pyro.plate("num_particles_vectorized", self.num_particles * branches, dim=-self.max_plate_nesting)(fn)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> _Particles:
         """Runs the guide, the guide with its parameters frozen where that is needed, and the model."""
@@ -172,44 +201,56 @@ class Objective(ELBO):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         path = self.gradient != "reparam" and torch.is_grad_enabled()
         run_guide, ratio = self._vectorized_num_particles(guide), [torch.ones(())]
-        drawn = particles.draw(run_guide, args, kwargs, scores=path)
+        runs = particles.draw(run_guide, args, kwargs, scores=path)
+        drawn, nesting = runs[0], self.max_plate_nesting
 
-        def through(site: Any, value: Tensor) -> Tensor:
-            if not (path and value.requires_grad):
-                return value
-            return particles.Reweighted.apply(value, ratio, site["fn"].event_dim)
+        def through(site: Any, _: Tensor) -> Tensor:
+            event_dim = site["fn"].event_dim
+            value = particles.beside([run.nodes[site["name"]]["value"] for run in runs], -nesting - event_dim)
+            return particles.Reweighted.apply(value, ratio, event_dim) if path and value.requires_grad else value
 
-        values = particles.replayed(drawn, through)
-        model_trace = poutine.trace(poutine.replay(self._vectorized_num_particles(model), trace=values)).get_trace(
-            *args, **kwargs
-        )
-        for trace in (model_trace, drawn):
-            trace.compute_log_prob(lambda _, site: not particles.site_is_subsample(site))
+        run_model = poutine.replay(self._vectorized_num_particles(model, len(runs)), particles.replayed(drawn, through))
+        model_trace = poutine.trace(run_model).get_trace(*args, **kwargs)
+        for trace in (model_trace, *runs):
+            trace.compute_log_prob(lambda _, site: not site_is_subsample(site))
         if is_validation_enabled():
-            check_model_guide_match(model_trace, drawn, self.max_plate_nesting)
+            check_model_guide_match(model_trace, drawn, nesting - (len(runs) > 1))  # branches are beside particles
             check_if_enumerated(drawn)
-            for trace in (model_trace, drawn):
-                for site in particles.sample_sites(trace).values():
-                    check_site_shape(site, self.max_plate_nesting)
-        scored = particles.scored_sites(drawn)
-        check_scores([*scored], self.program.unbiased)
-        linear = self.program.linear
+            for trace in (model_trace, *runs):
+                for site in sample_sites(trace).values():
+                    check_site_shape(site, nesting)
+        scored, linear = scored_sites(drawn), self.program.linear
+        summed = [name for name in scored if is_summed(scored[name])]
         # A score has the less noise the fewer log-weights it answers for.
-        plates = particles.common_plates((model_trace, drawn), -self.max_plate_nesting, linear, bool(scored))
-        log_p, log_q = (
-            plates.total(site["log_prob"] for site in particles.sample_sites(trace).values())
-            for trace in (model_trace, drawn)
-        )
-        frozen = None
+        plates = particles.common_plates((model_trace, drawn), -nesting, linear, bool(scored))
+        for name in summed:
+            check_summed(name, scored.pop(name)["fn"].batch_shape[1:], plates.dims, self.program.unbiased)
+        check_scores([*scored], self.program.unbiased)
+
+        def total(log_probs: Callable[[Trace], Iterable[Tensor]]) -> Tensor:
+            return particles.beside([plates.total(log_probs(run)) for run in runs], 0)
+
+        def log_probs(trace: Trace) -> Iterable[Tensor]:
+            return (site["log_prob"] for site in sample_sites(trace).values())
+
+        frozen = scores = log_r = reverse = others = None
         if path:
             if self._known[0] is not guide:
                 scale = None if linear else plates.scale
                 particles.check_densities(run_guide, args, kwargs, drawn, scale)
                 self._known = guide, particles.unregistered(drawn)
             leaves = particles.registered(drawn) + self._known[1]
-            frozen = plates.total(particles.frozen_log_q(run_guide, args, kwargs, drawn, leaves))
-        scores = plates.total(map(particles.unscaled, scored.values())) if scored else None
-        return _Particles(log_p, log_q, frozen, scores, plates, ratio)
+            frozen = total(lambda run: particles.frozen_log_q(run_guide, args, kwargs, run, leaves))
+            if particles.has_reverse(drawn):
+                each = [particles.log_reverse(run_guide, args, kwargs, run) for run in runs]
+                reverse, others = (particles.beside([plates.total(x[i]) for x in each], 0) for i in (0, 1))
+        if scored:
+            scores = total(lambda run: (particles.unscaled(run.nodes[name]) for name in scored))
+        if summed:
+            log_r = total(lambda run: (unmasked(run.nodes[name]) for name in summed))
+        of = branches(None, log_r, self.num_particles) if summed else None
+        log_p, log_q = plates.total(log_probs(model_trace)), total(log_probs)
+        return _Particles(log_p, log_q, frozen, scores, log_r, reverse, others, plates, ratio, of)
 
 
 def PathELBO(num_particles: int = 1, *, max_plate_nesting: float = float("inf")) -> Objective:

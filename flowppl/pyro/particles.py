@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
-from flowppl.objectives.score import is_scored
+from flowppl.objectives.enumeration import Assignments
+from flowppl.objectives.marginal import REVERSE
 from flowppl.pyro.distributions import with_scores
+from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
 
 
 class Plates(NamedTuple):
@@ -49,48 +48,6 @@ class Reweighted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ratio = ctx.ratio[0][(..., *(None,) * ctx.event_dim)]
         return grad * ratio.to(grad.dtype), None, None
-
-
-def sample_sites(trace: Trace) -> dict[str, Any]:
-    """The sites that have a log density."""
-    return {k: site for k, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
-
-
-def latents(trace: Trace) -> dict[str, Any]:
-    """The sites that were drawn."""
-    return {k: site for k, site in sample_sites(trace).items() if not site["is_observed"]}
-
-
-def scored_sites(trace: Trace) -> dict[str, Any]:
-    """The sites of a guide that get their gradients from their scores, and not from the derivatives of their draws.
-
-    Raises:
-        ValueError: one is marked for what there is not.
-        UnsupportedModelError: one cannot be what it is marked for.
-    """
-    return {k: site for k, site in latents(trace).items() if _is_scored(site)}
-
-
-def _is_scored(site: Any) -> bool:
-    fn, marked = site["fn"], site["infer"].get("grad")
-    return is_scored(site["name"], marked, type(fn).__name__, moves=fn.has_rsample, point=_point(fn) is not None)
-
-
-def _point(fn: Any) -> dist.Delta | None:
-    """The `Delta` that a distribution is made from."""
-    while not isinstance(fn, dist.Delta):
-        if not hasattr(fn, "base_dist"):
-            return None
-        fn = fn.base_dist
-    return fn
-
-
-class _StillScored(Messenger):
-    """Takes the derivatives off what scored sites draw; around `trace`, which sees messages after it."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg) and _is_scored(msg):
-            msg["value"] = msg["value"].detach()
 
 
 def unscaled(site: Any) -> Tensor:
@@ -136,8 +93,8 @@ def replayed(trace: Trace, change: Callable[[Any, Tensor], Tensor]) -> Trace:
     return new
 
 
-def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) -> Trace:
-    """Runs a guide.
+def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) -> list[Trace]:
+    """Runs a guide, once for each assignment of values to sites that are summed out, with the same noise for other sites.
 
     Raises:
         ValueError: a site is marked for what there is not.
@@ -145,8 +102,54 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
     """
     if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
         raise UnsupportedModelError("a guide that is a messenger cannot be run without its model: use a plain guide")
-    with with_scores() if scores else nullcontext(), _StillScored():
-        return poutine.trace(guide).get_trace(*args, **kwargs)
+    assignments = Assignments()
+
+    def one(number: int) -> Trace:
+        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number):
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    first = one(0)
+    if len(assignments) == 1:
+        return [first]
+    noise, runs = _noise(), []  # the first run made sites known, and may have drawn what parameters start from
+    for number in range(len(assignments)):
+        _set_noise(noise)
+        runs.append(one(number))
+    return runs
+
+
+def _noise() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_noise(noise: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(noise[0])
+    if noise[1]:
+        torch.cuda.set_rng_state_all(noise[1])
+
+
+def has_reverse(trace: Trace) -> bool:
+    """Whether a guide has marginal parts, with reverse programs."""
+    return any(REVERSE in site["infer"] for site in sample_sites(trace).values())
+
+
+def log_reverse(
+    guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log densities of reverse programs at what a guide drew, as functions of parameters alone; see `densities`."""
+    still = replayed(trace, lambda _, value: value.detach())
+    again = poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
+    sites = [site for site in sample_sites(again).values() if REVERSE in site["infer"]]
+    of = [(site["infer"][REVERSE], site["scale"]) for site in sites]
+    return [scale_and_mask(d.reverse, s) for d, s in of], [scale_and_mask(d.others, s) for d, s in of]
+
+
+def beside(of: Sequence[Tensor], dim: int) -> Tensor:
+    """What branches have at this dimension, that of particles, `K` each: `K * M`, the branches of a particle beside one another."""
+    if len(of) == 1:
+        return of[0]
+    dim = dim % of[0].dim()
+    return torch.stack([*of], dim + 1).flatten(dim, dim + 1)
 
 
 def leaves_of(*outputs: Tensor) -> list[Tensor]:
@@ -200,7 +203,7 @@ def frozen_log_q(
         guide: The guide.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        trace: Of its run, `draw(..., scores=True)`.
+        trace: Of its run, one of `draw(..., scores=True)`.
         leaves: Its parameters.
 
     Raises:
@@ -245,8 +248,8 @@ def check_densities(guide: Callable, args: tuple, kwargs: dict[str, Any], trace:
     values = replayed(trace, lambda _, value: value.detach())
     again = poutine.trace(poutine.replay(guide, trace=values)).get_trace(*args, **kwargs)
     for name, site in latents(again).items():
-        point = _point(site["fn"])
-        if point is not None and (point.log_density.requires_grad or (point.v.requires_grad and scale is not None)):
+        at = point(site["fn"])
+        if at is not None and (at.log_density.requires_grad or (at.v.requires_grad and scale is not None)):
             raise UnsupportedModelError(
                 f"site {name!r} of the guide is a Delta that the guide's parameters move, for which there is no path gradient "
                 'of this objective: use gradient="reparam"'

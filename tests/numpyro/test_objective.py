@@ -661,10 +661,9 @@ def test_guides_that_cannot_be_used():
         refused(Objective(), guide, guide, "site 'n'.*" + type(of).__name__)
     guide = lambda: numpyro.sample("n", dist.Poisson(1.0))
     refused(Objective("rws"), guide, guide, "site 'n' .* score")
-    for kind, match in (("enum", "TraceEnum_ELBO"), ("scroe", "'n' has .*scroe")):
-        guide = lambda kind=kind: numpyro.sample("n", dist.Poisson(1.0), infer={"grad": kind})
-        with pytest.raises(ValueError, match=match):
-            shapes(Objective(), guide, guide)
+    guide = lambda: numpyro.sample("n", dist.Poisson(1.0), infer={"grad": "scroe"})
+    with pytest.raises(ValueError, match=r"'n' has .*scroe"):
+        shapes(Objective(), guide, guide)
     summed = lambda: numpyro.sample("n", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
     refused(Objective(), summed, lambda: None, "'n' of the model is marked for enumeration", {})
     refused(Objective(gradient="auto"), small_model, AutoNormal(small_model), "this guide does not keep", {})

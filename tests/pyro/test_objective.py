@@ -627,10 +627,9 @@ def test_guides_that_cannot_be_used():
     guide = lambda: pyro.sample("n", dist.Poisson(1.0))
     with pytest.raises(UnsupportedModelError, match=r"site 'n' .* score"):
         Objective("rws").loss_and_grads(guide, guide)
-    for kind, match in (("enum", "TraceEnum_ELBO"), ("scroe", r"'n' has .*scroe")):
-        guide = lambda kind=kind: pyro.sample("n", dist.Poisson(1.0), infer={"grad": kind})
-        with pytest.raises(ValueError, match=match):
-            Objective().loss_and_grads(guide, guide)
+    guide = lambda: pyro.sample("n", dist.Poisson(1.0), infer={"grad": "scroe"})
+    with pytest.raises(ValueError, match=r"'n' has .*scroe"):
+        Objective().loss_and_grads(guide, guide)
 
 
 def test_points_without_a_density():
