@@ -36,10 +36,12 @@ demo: .venv/.stamp
 
 test: test-full test-numpyro test-pyro
 
-# Both fronts in one environment: every test, slow ones and the examples in the docstrings included.
+# Both fronts in one environment: every test, slow ones and the examples in the docstrings included, but for what the two targets
+# below run again.
+ONCE = $(if $(PYTHON312),-m "slow or not front")
 test-full: .venv/.stamp
 	.venv/bin/python tools/check_env.py numpyro pyro
-	$(TEST) .venv/bin/python $(PYTEST) --doctest-modules tests flowppl $(PYTEST_ARGS)
+	$(TEST) .venv/bin/python $(PYTEST) $(ONCE) --doctest-modules tests flowppl $(PYTEST_ARGS)
 
 # The NumPyro front on Python 3.12, the newest jax and ArviZ 1.x, without torch.
 ifneq ($(PYTHON312),)

@@ -1,18 +1,25 @@
 """What every test shares: the installed frameworks as backends, in float64, on one thread."""
 
 import importlib.util
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flowppl.backend import get_backend
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # each has a cache of its own: they write at the same time
 FRAMEWORKS = [name for name in ("torch", "jax") if importlib.util.find_spec(name)]
 
 if "jax" in FRAMEWORKS:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    # What one module has compiled serves the others, and the next run.
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax" / WORKER))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 if "torch" in FRAMEWORKS:
     import torch
@@ -23,6 +30,13 @@ if "torch" in FRAMEWORKS:
         import zuko  # noqa: F401 (here and first, since it turns off torch's validation for all tests that follow)
 
         torch.distributions.Distribution.set_default_validate_args(True)
+
+
+def pytest_collection_modifyitems(items):
+    """What tests a front, and runs where that front is alone, need not run beside the other."""
+    for item in items:
+        if item.path.parent.name in ("numpyro", "pyro") and "tests" in item.path.parts:
+            item.add_marker("front")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,8 @@ from flowppl.stochastic import Annealed, Bridge, anneal, tune
 
 DIM, ISLANDS, N = 2, 40, 500
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough
+
 
 def log_normal(x, sd):
     return backend_of(x).xp.sum(-0.5 * (x / sd) ** 2, axis=-1) - DIM * math.log(sd * math.sqrt(2 * math.pi))

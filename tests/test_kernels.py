@@ -11,6 +11,8 @@ from flowppl.kernels import bridge, hmc, independence, init, langevin, mala, met
 
 N, STEPS, LEVEL = 20_000, 12, 1e-3
 
+pytestmark = pytest.mark.slow  # once for both fronts is enough
+
 
 def log_prob(x):
     """A funnel: x0 is standard normal, x1 normal with sd exp(x0 / 2)."""
