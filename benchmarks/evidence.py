@@ -1,6 +1,6 @@
 """The evidence of six posteriors that samplers are compared on, by `anneal(model)` without options, beside known values.
 
-    python -m benchmarks evidence --data DIR [--ppls numpyro pyro] [--only sonar ...] [--seeds 5]
+    python -m benchmarks evidence --data DIR [--ppls numpyro pyro] [--only sonar ...] [--start fit] [--seeds 5]
 
 DIR holds `ionosphere.csv`, `sonar.csv`, `german.data-numeric` (UCI; the class in the last column) and `pines.csv` (126 points,
 `finpines` in R's spatstat, scaled to the unit square); what is missing is left out. One process for each line, so that seconds
@@ -171,18 +171,19 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
         import jax
 
         jax.config.update("jax_enable_x64", True)
-        from flowppl.numpyro import anneal
+        from flowppl.numpyro import anneal, fit
 
         model, own = numpyro_model(name), tuple(map(jax.numpy.asarray, own))
     else:
         import torch
 
         torch.set_num_threads(2)
-        from flowppl.pyro import anneal
+        from flowppl.pyro import anneal, fit
 
         model, own = pyro_model(name), tuple(map(torch.as_tensor, own))
     begin = time.perf_counter()
-    posterior = anneal(model, *own, seed=options.seed, progress_bar=False, **options.more)
+    start = fit(model, *own, seed=options.seed, progress_bar=False) if options.start == "fit" else None
+    posterior = anneal(model, *own, start=start, seed=options.seed, progress_bar=False, **options.more)
     row = {
         "ppl": ppl,
         "name": name,
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--ppls", nargs="+", choices=PPLS, default=list(PPLS))
     parser.add_argument("--only", nargs="+", choices=list(REFERENCES), default=list(REFERENCES))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--start", choices=("normal", "fit"), default="normal", help="whether to train a flow first")
     parser.add_argument("--more", type=json.loads, default={}, help="options of `anneal`, as JSON")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -229,7 +231,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _row(options: argparse.Namespace, ppl: str, name: str, seed: int) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "benchmarks", "evidence", "--data", str(options.data), "--ppls", ppl]
-    command += ["--only", name, "--seed", str(seed), "--more", json.dumps(options.more)]
+    command += ["--only", name, "--seed", str(seed), "--start", options.start]
+    command += ["--more", json.dumps(options.more)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(f"{name}, {ppl}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
