@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from flowppl.stochastic import Bridge, Schedule, anneal, tune
 from flowppl.training import seed_of
 
 _ISLAND = 500  # particles that share a run
+_TEMPERATURES = 8  # at least
 _TUNING, _BASE, _RUNS = 0, 1, 2  # streams of random numbers
 
 
@@ -55,6 +57,12 @@ class Annealing(NamedTuple):
         return float(np.log(mean) + self.log_z.max()), float(error)
 
 
+def refuse_angles(names: Iterable[str]) -> None:
+    """Raises an error that names the first of these sites, which are angles: HMC and a normal base go over real vectors."""
+    for name in names:
+        raise UnsupportedModelError(f"{name!r} is an angle, and annealing starts from a flow of real vectors: use fit")
+
+
 def anneal_flow(
     problem: Problem,
     seed: int,
@@ -80,13 +88,13 @@ def anneal_flow(
         progress_bar: Whether to show how it goes.
 
     Raises:
-        UnsupportedModelError: the flow's base is not normal or Student-t, as for angles.
+        UnsupportedModelError: the flow's base is not normal or Student-t.
     """
     flow, like, backend = problem.flow, problem.like, backend_of(problem.like)
     if not isinstance(flow.base, Normal | StudentT):
         raise UnsupportedModelError(
-            f"annealing starts from a flow of real vectors, and this one's base is {type(flow.base).__name__}, as for angles: "
-            "use fit"
+            f"annealing starts from a flow whose base is Normal or StudentT, and this one's is {type(flow.base).__name__}: fit "
+            "with another flow, or leave out start"
         )
     if variables is None:
         normal = problem.normal(seed)
@@ -113,6 +121,7 @@ def anneal_flow(
             like,
             n=_ISLAND,
             step_ess=step_ess,
+            min_temperatures=_TEMPERATURES,
             progress=lambda beta: bar.set_postfix_str(f"beta {beta:.3g}"),
         )
         bar.update()

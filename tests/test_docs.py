@@ -25,7 +25,7 @@ def _run(code: str, folder: Path, steps: int = 3000) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 def test_readme(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", _text("README.md"), re.DOTALL)
     (script,) = (block for block in blocks if f"from flowppl.{front} import" in block)
     _run(script, tmp_path)
 
@@ -65,12 +65,36 @@ def test_objectives(front: str, tmp_path: Path) -> None:
     _run("\n".join(blocks).replace("num_particles=5", "num_particles=2"), tmp_path, steps=2000)
 
 
+@pytest.mark.parametrize("front", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_annealing(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    blocks = _blocks("docs/annealing.md", front)
+    assert len(blocks) == 2
+    code = (
+        "\n".join(blocks)
+        .replace("x, y)", "x, y, num_samples=1000)")
+        .replace("effect, max", "effect, flow='affine', max")
+    )
+    _run(code, tmp_path, steps=2000)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_annealing_in_parts(framework: str, tmp_path: Path) -> None:
+    pytest.importorskip(framework)
+    (script,) = re.findall(r"^```python\n(.*?)^```", _text("docs/annealing.md"), re.DOTALL | re.MULTILINE)
+    _run(script.replace('"jax"', f'"{framework}"'), tmp_path, steps=20)
+
+
 def _blocks(page: str, front: str) -> list[str]:
     """The Python blocks in the tabs of one front."""
-    tabs = re.split(r'^=== "(\w+)"\n', (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    tabs = re.split(r'^=== "(\w+)"\n', _text(page), flags=re.MULTILINE)[1:]
     return [
         textwrap.dedent(block)
         for title, tab in zip(tabs[::2], tabs[1::2], strict=True)
         if title == FRONTS[front]
         for block in re.findall(r"^    ```python\n(.*?)^    ```", tab, re.DOTALL | re.MULTILINE)
     ]
+
+
+def _text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")

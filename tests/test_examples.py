@@ -52,6 +52,14 @@ def test_objectives(ppl: str, tmp_path: Path) -> None:
     assert (tmp_path / "objectives.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("ppl", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_evidence(ppl: str, tmp_path: Path) -> None:
+    for package in (ppl, "matplotlib"):
+        pytest.importorskip(package)
+    _run(tmp_path, EXAMPLES / "evidence.py", "--ppl", ppl, "--draws", 1000, "--output", tmp_path)
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("amortized", 2), ("germination", 250)])
 def test_guides(name: str, steps: int, tmp_path: Path) -> None:

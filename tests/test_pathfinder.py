@@ -189,6 +189,24 @@ def test_other_starts_where_the_first_has_no_density():
     assert of_loc < 1e-6 and of_covariance < 1e-6
 
 
+def test_starts_around_zero_where_the_first_is_absurdly_far_out():
+    """Paths from deep in a funnel's neck, where the median of a Gamma(0.01, 0.01) prior may be, do not come back."""
+
+    def density(x):
+        log_scale, theta = x[:, 0], x[:, 1:]
+        with np.errstate(over="ignore"):
+            precision = np.exp(-2 * log_scale)
+        squares = (theta**2).sum(-1)
+        value = -4 * log_scale - 0.5 * squares * precision - 0.5 * ((theta - 2) ** 2).sum(-1) - 1e-3 * log_scale**2
+        of_scale = -4 + squares * precision - 2e-3 * log_scale
+        score = np.concatenate([of_scale[:, None], -theta * precision[:, None] - (theta - 2)], -1)
+        return value, score
+
+    found = pathfinder(density, np.array([-100.0, 0.0, 0.0, 0.0, 0.0]))
+    assert np.abs(found.loc[0]) < 3
+    assert found.elbo == pytest.approx(pathfinder(density, np.zeros(5)).elbo, abs=0.1)
+
+
 def test_a_density_that_ends_beside_its_mode():
     """Every normal has an ELBO of minus infinity; what is returned has its draws where the density is."""
 

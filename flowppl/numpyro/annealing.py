@@ -60,7 +60,7 @@ def anneal(
         >>> abs(posterior.log_evidence[0] - dist.Normal(0.0, 5.0).log_prob(jnp.array(2.0)).item()) < 0.01
         True
     """
-    view = View(model, args, kwargs, "affine" if start is None else start.guide._flow, init_loc_fn)
+    view = View(model, args, kwargs, "affine" if start is None else start.guide._flow, init_loc_fn, angles=False)
     with view.precise.context():
         variables = None if start is None else jax.tree.map(jnp.asarray, start.variables)
         found = anneal_flow(

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import Predictive, log_likelihood
 
+from flowppl.annealing import refuse_angles
 from flowppl.fitting import Fit, Problem, default_flow, in_chunks
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.guides import AutoFlow
 from flowppl.numpyro.plates import FullPlates
 from flowppl.numpyro.precise import Precise
+from flowppl.numpyro.sites import is_angle
 from flowppl.pathfinder import pathfinder
 from flowppl.posterior import WeightedPosterior, coordinates
 
@@ -56,13 +58,24 @@ class ModelPosterior(WeightedPosterior):
 
 
 class View:
-    """A model with its data as a problem for a fit."""
+    """A model with its data as a problem for a fit, with angles or without."""
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        flow: Any,
+        init_loc_fn: Callable,
+        *,
+        angles: bool = True,
+    ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         density = LogDensity(model, args, kwargs, init_loc_fn=init_loc_fn)
         self.guide = AutoFlow(model, default_flow(density.dim) if flow is None else flow, init_loc_fn=init_loc_fn)
         self.guide._setup_somewhere(jax.random.key(0), args, kwargs)
+        if not angles:
+            refuse_angles(name for name in density.names if is_angle(self.guide.prototype_trace[name]["fn"]))
         self.density, self.precise = density, Precise(density)
         start = np.asarray(self.guide._init_latent, np.float64)
         with self.precise.context():

@@ -62,7 +62,7 @@ def anneal(
         True
     """
     with seeded(torch.Generator().manual_seed(seed)):
-        view = View(model, args, kwargs, "affine" if start is None else start.guide._flow, init_loc_fn)
+        view = View(model, args, kwargs, "affine" if start is None else start.guide._flow, init_loc_fn, angles=False)
     like = view.problem.like
     with view.precise.context():
         found = anneal_flow(

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
+from flowppl.annealing import refuse_angles
 from flowppl.fitting import Fit, Problem, default_flow, in_chunks
 from flowppl.pathfinder import one_turn, pathfinder
 from flowppl.posterior import WeightedPosterior, coordinates
@@ -18,6 +19,7 @@ from flowppl.pyro.density import seeded
 from flowppl.pyro.guides import AutoFlow
 from flowppl.pyro.plates import chosen
 from flowppl.pyro.precise import Precise
+from flowppl.pyro.sites import is_angle
 
 Array = np.ndarray
 
@@ -67,18 +69,30 @@ class ModelPosterior(WeightedPosterior):
 
 
 class View:
-    """A model with its data as a problem for a fit."""
+    """A model with its data as a problem for a fit, with angles or without."""
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict[str, Any], flow: Any, init_loc_fn: Callable) -> None:
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        flow: Any,
+        init_loc_fn: Callable,
+        *,
+        angles: bool = True,
+    ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.precise = Precise(model, args, kwargs, init_loc_fn=init_loc_fn)
+        if not angles:
+            sites = self.precise.density._sites
+            refuse_angles(name for name in self.precise.density.names if is_angle(sites[name]["fn"]))
         dim = self.precise.density.dim
         self.guide = AutoFlow(model, default_flow(dim) if flow is None else flow, init_loc_fn=init_loc_fn)
         self.guide.setup(*args, **kwargs)
         start = self.precise.start
         at = start.double().cpu().numpy()
-        angles: Array = np.repeat(self.guide._angles, self.guide._layout.sizes)
-        density = one_turn(self.precise, angles, at)
+        turns: Array = np.repeat(self.guide._angles, self.guide._layout.sizes)
+        density = one_turn(self.precise, turns, at)
         self.problem = Problem(
             self.guide._flow,
             self.precise.density.log_prob,

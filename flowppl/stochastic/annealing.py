@@ -128,6 +128,7 @@ def tune(
     step_ess: float = 0.95,
     acceptance: float = 0.8,
     moves: int = 6,
+    min_temperatures: int = 1,
     max_temperatures: int = 1000,
     progress: Callable[[float], None] = lambda beta: None,
 ) -> Schedule:
@@ -146,6 +147,8 @@ def tune(
         step_ess: The effective share that a temperature leaves.
         acceptance: Mean acceptance to be reached.
         moves: Steps of the kernel at each temperature.
+        min_temperatures: The fewest temperatures: a base whose tails are lighter than the target's may have an effective share that
+            is high, and weights without a mean; each of m equal steps has the m-th root of them.
         max_temperatures: The most temperatures; the last ones are equally spaced if it takes more.
         progress: Called with each beta.
     """
@@ -167,9 +170,10 @@ def tune(
             return (xp.where(enough, middle, low), xp.where(enough, high, middle)), _
 
         one = xp.ones_like(last)
-        bounds, _ = backend.scan(halve, (last, one), backend.asarray(xp.zeros(_BISECTIONS), like))
-        whole = weights.ess((1 - last) * gap) >= step_ess * n
-        beta = xp.where(whole, one, xp.minimum(xp.maximum(bounds[0], last + 1 / max_temperatures), one))
+        most = xp.minimum(last + 1 / min_temperatures, one)
+        bounds, _ = backend.scan(halve, (last, most), backend.asarray(xp.zeros(_BISECTIONS), like))
+        whole = weights.ess((most - last) * gap) >= step_ess * n
+        beta = xp.where(whole, most, xp.minimum(xp.maximum(bounds[0], last + 1 / max_temperatures), one))
         walkers = _taken(walkers, weights.resample_systematic(choice, (beta - last) * gap))
 
         def move(carry: tuple, _: Array) -> tuple[tuple, Array]:
