@@ -1,6 +1,6 @@
 """The evidence of six posteriors that samplers are compared on, by `anneal(model)` without options, beside known values.
 
-    python -m benchmarks evidence --data DIR [--ppls numpyro pyro] [--only sonar ...] [--start fit] [--seeds 5]
+    python -m benchmarks evidence [--data DIR] [--ppls numpyro pyro] [--only sonar ...] [--start fit] [--seeds 5]
 
 DIR holds `ionosphere.csv`, `sonar.csv`, `german.data-numeric` (UCI; the class in the last column) and `pines.csv` (126 points,
 `finpines` in R's spatstat, scaled to the unit square); what is missing is left out. One process for each line, so that seconds
@@ -64,12 +64,18 @@ SEEN = np.r_[0:10, 20:30]
 CELLS = 40  # of the Cox process, in each direction
 
 
-def arrays(name: str, folder: Path) -> tuple[np.ndarray, ...]:
-    """The data that the model of this name takes."""
+def arrays(name: str, folder: Path | None) -> tuple[np.ndarray, ...]:
+    """The data that the model of this name takes.
+
+    Raises:
+        FileNotFoundError: they are in a folder, and not in this one.
+    """
     if name == "seeds":
         return data.seeds()
     if name == "brownian":
         return (BROWNIAN,)
+    if folder is None:
+        raise FileNotFoundError(f"{name} needs --data")
     if name == "pines":
         points = np.loadtxt(folder / "pines.csv", delimiter=",", skiprows=1, usecols=(1, 2))
         at = np.minimum((points * CELLS).astype(int), CELLS - 1)
@@ -207,7 +213,7 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks evidence", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--ppls", nargs="+", choices=PPLS, default=list(PPLS))
     parser.add_argument("--only", nargs="+", choices=list(REFERENCES), default=list(REFERENCES))
     parser.add_argument("--seeds", type=int, default=5)
@@ -230,7 +236,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _row(options: argparse.Namespace, ppl: str, name: str, seed: int) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", "benchmarks", "evidence", "--data", str(options.data), "--ppls", ppl]
+    command = [sys.executable, "-m", "benchmarks", "evidence", "--ppls", ppl]
+    command += ["--data", str(options.data)] if options.data else []
     command += ["--only", name, "--seed", str(seed), "--start", options.start]
     command += ["--more", json.dumps(options.more)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
