@@ -13,7 +13,7 @@ from jax import lax
 
 from flowppl.errors import FitWarning, FlowFileError, UnsupportedModelError
 from flowppl.numpyro import AutoFlow, Posterior, fit
-from flowppl.numpyro.posterior import _View
+from flowppl.numpyro.model_posterior import View
 
 QUICK = {"flow": "affine", "max_steps": 500, "num_samples": 2000, "progress_bar": False}
 RNG = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_names_of_coordinates():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        view = _View(model, (), {}, "affine", numpyro.infer.init_to_median)
+        view = View(model, (), {}, "affine", numpyro.infer.init_to_median)
     from flowppl.posterior import coordinates
 
     assert coordinates(view.density.shapes) == ["mu", "theta[0]", "theta[1]"]

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import init_to_median
 from flowppl import optim, tree
 from flowppl.errors import FitWarning, FlowFileError, UnsupportedModelError
 from flowppl.pyro import AutoFlow, Posterior, fit
-from flowppl.pyro.posterior import _View
+from flowppl.pyro.model_posterior import View
 
 QUICK = {"flow": "affine", "max_steps": 500, "num_samples": 2000, "progress_bar": False}
 RNG = np.random.default_rng(0)
@@ -163,7 +163,7 @@ def test_names_of_coordinates():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        view = _View(model, (), {}, "affine", init_to_median)
+        view = View(model, (), {}, "affine", init_to_median)
     from flowppl.posterior import coordinates
 
     assert coordinates(view.precise.density.shapes) == ["mu", "theta[0]", "theta[1]"]
