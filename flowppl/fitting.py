@@ -124,7 +124,7 @@ def fit_flow(
         )
         weigh = partial(draw, seed=own, n=num_samples)
         runs.append(_run(problem, start, normal, own, options, weigh, warm, memory or None, progress))
-    best = max(range(len(runs)), key=lambda i: _evidence(runs[i].draws).elbo)
+    best = max(range(len(runs)), key=lambda i: _elbo(runs[i].draws))
     fit = runs.pop(best)
     missed = _missed(problem, fit, [draw(mode, seed, num_samples) for mode in modes])
     return fit._replace(others=[run.draws for run in runs] + missed)
@@ -194,7 +194,7 @@ def _run(
     xp = backend.xp
     start = _as_normal(problem, start, normal)
     before = draw(start)
-    if warm is not None and _evidence(again := draw(warm)).elbo > _evidence(before).elbo:
+    if warm is not None and _elbo(again := draw(warm)) > _elbo(before):
         start, before = warm, again
         centred = again[0] - again[0].mean(0)
         normal = normal._replace(
@@ -219,7 +219,7 @@ def _run(
 
     trained, history = train(gradient, rescaled(flow, start, -inverse @ loc, inverse), seed, options, memory, progress)
     after = draw(rescaled(flow, trained, loc, scale))
-    if not _evidence(after).elbo >= _evidence(before).elbo:
+    if not _elbo(after) >= _elbo(before):
         return Fit(start, before, [], history, before)
     enough = options.max_steps >= 2 * len(_COVERING) * options.chunk
     if isinstance(flow.base, Normal) and not minibatches and enough and _evidence(after).khat > _HEAVY:
@@ -234,8 +234,8 @@ def _run(
 
         covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, seen, _COVERING)
         reaching = draw(rescaled(flow, covered, loc, scale))
-        history, found = history + more, _evidence(reaching)
-        if found.khat < _evidence(after).khat and found.elbo >= _evidence(before).elbo:
+        history = history + more
+        if _evidence(reaching).khat < _evidence(after).khat and _elbo(reaching) >= _elbo(before):
             trained, after = covered, reaching
     return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
 
@@ -270,6 +270,12 @@ def _like(problem: Problem, a: np.ndarray) -> Array:
 def _evidence(draws: Draws) -> Evidence:
     log_w = draws[1]
     return evidence(np.where(np.isnan(log_w) | (log_w == np.inf), -np.inf, log_w))
+
+
+def _elbo(draws: Draws) -> float:
+    """The ELBO without the draws that reach further: in a funnel's neck a single one of those may cost more than training gains."""
+    log_w = draws[1]
+    return float(log_w[np.arange(len(log_w)) % _WIDE != 0].mean())
 
 
 def _task(problem: Problem, normal: NormalApproximation, seed: int, options: Options) -> dict[str, Any]:

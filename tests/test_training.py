@@ -503,3 +503,13 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
     )
     with pytest.raises(MissingExtraError, match="plots"):
         found.plot()
+
+
+def test_flows_are_compared_by_their_own_draws():
+    """A draw that reaches further, into a place of next to no density, says nothing against a flow."""
+    log_w = np.random.default_rng(0).standard_normal(1000)
+    far = np.where(np.arange(1000) == 30, -1e6, log_w)
+    x = np.zeros((1000, 1))
+    assert fitting._elbo((x, far)) == fitting._elbo((x, log_w)) == pytest.approx(log_w.mean(), abs=0.05)
+    log_w[31] = -np.inf
+    assert fitting._elbo((x, log_w)) == -np.inf

@@ -49,7 +49,7 @@ def test_the_density_is_that_of_all_of_the_data_and_minibatches_estimate_it():
 @pytest.mark.slow
 def test_a_regression_in_batches(monkeypatch):
     during = regression.while_training(monkeypatch, SEEN)
-    monkeypatch.setattr("flowppl.numpyro.posterior.pathfinder", regression.poor_start)
+    monkeypatch.setattr("flowppl.numpyro.model_posterior.pathfinder", regression.poor_start)
     posterior = fit(regress, X, Y, batch=BATCH, **QUICK)
     assert set(during) == {BATCH}
     regression.check_fit(posterior)

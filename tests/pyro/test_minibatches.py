@@ -66,7 +66,7 @@ def test_a_minibatch_estimates_it_without_bias(u):
 @pytest.mark.slow
 def test_a_regression_in_batches(monkeypatch):
     during = regression.while_training(monkeypatch, SEEN)
-    monkeypatch.setattr("flowppl.pyro.posterior.pathfinder", regression.poor_start)
+    monkeypatch.setattr("flowppl.pyro.model_posterior.pathfinder", regression.poor_start)
     posterior = fit(regress, X.float(), Y.float(), batch=BATCH, **QUICK)
     assert {len(index) for index in during} == {BATCH}
     assert len(set(during)) == len(during) == 500  # a fresh one in every step
