@@ -16,7 +16,7 @@ PYTHON312 ?= $(shell tools/find-python 3.12)
 JOBS ?= 2
 PYTEST_ARGS ?=
 TEST_TIMEOUT ?= 300
-LEG_TIMEOUT ?= 2100
+LEG_TIMEOUT ?= 1500
 
 export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

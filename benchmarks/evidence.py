@@ -60,6 +60,7 @@ BROWNIAN = np.array(
         *(-0.6948214, -0.6202789),
     ]
 )
+WITHOUT_FOLDER = {"seeds", "brownian"}
 SEEN = np.r_[0:10, 20:30]
 CELLS = 40  # of the Cox process, in each direction
 
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str]) -> None:
     head = ["posterior", "dim", "PPL", "log evidence", "own error", "reference", "worst z", "ESS, %", "k-hat"]
     head += ["temperatures", "from the start alone", "seconds"]
     print(f"| {' | '.join(head)} |\n|---{'|---:' * (len(head) - 1)}|", flush=True)
-    for name in options.only:
+    for name in (n for n in options.only if options.data or n in WITHOUT_FOLDER):
         for ppl in options.ppls:
             rows = [_row(options, ppl, name, seed) for seed in range(options.seeds)]
             rows = [row for row in rows if row is not None]

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TARGETS = ("product", "banana", "phi4", "u1")
-POSTERIORS = "posteriors"
 ESTIMATORS = ("plain", "auto", "path")
 ROOT = Path(__file__).parents[1]
 JUDGED, CHUNK = 50_000, 5000
@@ -317,8 +316,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of timing a step")
     parser.add_argument("--targets", nargs="*", help="all of them, without this")
     parser.add_argument("--posteriors", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.posteriors or (options.targets and set(options.targets) <= set(TARGETS)):
+    if options.worker:
         heads = ["posterior", "dim", "step"] if options.posteriors else ["target", "dim", "step"]
         if options.posteriors:
             heads += ["ELBO: plain", "auto", "path", "auto - plain"]
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str]) -> None:
         ([n for n in chosen if n in known], ["--posteriors"]),
     ):
         if names:
-            command = [sys.executable, "-m", "benchmarks", "gain", *common, *extra, "--targets", *names]
+            command = [sys.executable, "-m", "benchmarks", "gain", "--worker", *common, *extra, "--targets", *names]
             subprocess.run(command, cwd=ROOT, env=environment, check=True)
             print(flush=True)
 

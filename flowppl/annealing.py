@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,10 +51,9 @@ class Annealing(NamedTuple):
     @property
     def log_evidence(self) -> tuple[float, float]:
         """Log of the mean over islands of what is unbiased, and its standard error by the delta method."""
-        w = np.exp(self.log_z - self.log_z.max())
-        mean = w.mean()
-        error = w.std(ddof=1) / np.sqrt(len(w)) / mean if len(w) > 1 else np.inf
-        return float(np.log(mean) + self.log_z.max()), float(error)
+        n = len(self.log_z)
+        error = (n * weights.normalize(self.log_z)).std(ddof=1) / n**0.5 if n > 1 else np.inf
+        return float(weights.log_mean_exp(self.log_z)), float(error)
 
 
 def refuse_angles(names: Iterable[str]) -> None:
@@ -101,17 +100,25 @@ def anneal_flow(
         ours = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
         variables = place(flow, flow.init(backend.rng(seed, like), like), *ours)
     variables = backend.stop(variables)
-    base = bind(variables)["base"]
-
-    def log_prob(z: Array) -> Array:
-        sample = flow.push(variables, z, with_log_prob=True)
-        return problem.log_prob(sample.x) - sample.log_prob + flow.base.log_prob(base, z)
-
-    bridge = Bridge(
-        lambda rng, n: flow.base.sample(rng, base, (n, flow.dim), like), partial(flow.base.log_prob, base), log_prob
-    )
-    kernel = partial(hmc.step, num_steps=num_steps)
+    bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
     islands = -(-num_samples // _ISLAND)
+
+    def runs(f: Callable[[Any], Any], stream: int, done: Callable[[], Any] = lambda: None) -> list[np.ndarray]:
+        """What f gives for random numbers of each island, its arrays stacked."""
+        f, found = backend.jit(f), []
+        for i in range(islands):
+            arrays = backend.stop(f(backend.rng(seed_of(seed, stream, i), like)))
+            found.append([np.asarray(backend.to_numpy(a), np.float64) for a in arrays])
+            done()
+        return [np.stack(a) for a in zip(*found, strict=True)]
+
+    def together(x: np.ndarray, log_w: np.ndarray) -> Draws:
+        return x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]
+
+    def first(rng: Any) -> tuple[Array, Array]:
+        z = bridge.sample(rng, _ISLAND)
+        return flow.push(variables, z).x, bridge.log_prob(z) - bridge.log_base(z)
+
     with tqdm(total=islands + 1, disable=not progress_bar, unit="run") as bar:
         bar.set_description_str("temperatures")
         schedule = tune(
@@ -126,33 +133,27 @@ def anneal_flow(
         )
         bar.update()
         bar.set_description_str(f"{len(schedule.betas)} temperatures")
-        own = tuple(backend.asarray(backend.xp.asarray(a), like) for a in schedule)
+        fixed = tuple(backend.asarray(backend.xp.asarray(a), like) for a in schedule)
 
-        @backend.jit
         def island(rng: Any) -> tuple:
-            found = anneal(rng, bridge, kernel, own, _ISLAND)
+            found = anneal(rng, bridge, kernel, fixed, _ISLAND)
             return flow.push(variables, found.x).x, *found[1:]
 
-        runs = []
-        for i in range(islands):
-            found = backend.stop(island(backend.rng(seed_of(seed, _RUNS, i), like)))
-            runs.append([np.asarray(backend.to_numpy(a), np.float64) for a in found])
-            bar.update()
-    x, log_w, ess, acceptance, resampled = (np.stack(a) for a in zip(*runs, strict=True))
+        x, log_w, *seen = runs(island, _RUNS, bar.update)
+    start = together(*runs(first, _BASE))
+    log_z = weights.log_mean_exp(log_w)
+    return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
 
-    @backend.jit
-    def first(rng: Any) -> tuple[Array, Array]:
-        z = bridge.sample(rng, num_samples)
-        return flow.push(variables, z).x, log_prob(z) - bridge.log_base(z)
 
-    begin = backend.stop(first(backend.rng(seed_of(seed, _BASE), like)))
-    return Annealing(
-        variables,
-        (x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]),
-        tuple(np.asarray(backend.to_numpy(a), np.float64) for a in begin),
-        weights.log_mean_exp(log_w),
-        schedule,
-        ess.mean(0),
-        acceptance.mean(0),
-        resampled.mean(0),
-    )
+def _bridge(problem: Problem, variables: dict[str, Any]) -> Bridge:
+    """From the flow's base to the posterior, pulled back to where the base lives."""
+    flow, base = problem.flow, bind(variables)["base"]
+
+    def log_prob(z: Array) -> Array:
+        sample = flow.push(variables, z, with_log_prob=True)
+        return problem.log_prob(sample.x) - sample.log_prob + flow.base.log_prob(base, z)
+
+    def sample(rng: Any, n: int) -> Array:
+        return flow.base.sample(rng, base, (n, flow.dim), problem.like)
+
+    return Bridge(sample, partial(flow.base.log_prob, base), log_prob)

@@ -12,7 +12,7 @@ from flowppl.kernels.target import Info, Target, Walkers, init
 
 
 def step(rng: Any, target: Target, walkers: Walkers, step_size: Array | float) -> tuple[Walkers, Info]:
-    """Overdamped: x' = x + step_size^2 / 2 score(x) + step_size noise. All of it can be differentiated.
+    """Overdamped: x' = x + step_size^2 / 2 score(x) + step_size noise. Scores carry no derivatives.
 
     Args:
         rng: A jax key, or a `torch.Generator`.
