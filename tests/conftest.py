@@ -33,9 +33,11 @@ if "torch" in FRAMEWORKS:
 
 
 def pytest_collection_modifyitems(items):
-    """What tests a front, and runs where that front is alone, need not run beside the other."""
+    """What needs one framework only, and runs where that one is alone, need not run beside the other."""
     for item in items:
-        if item.path.parent.name in ("numpyro", "pyro") and "tests" in item.path.parts:
+        in_front = item.path.parent.name in ("numpyro", "pyro") and "tests" in item.path.parts
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if in_front or backend in FRAMEWORKS:
             item.add_marker("front")
 
 
