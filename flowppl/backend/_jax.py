@@ -139,10 +139,11 @@ def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = Fal
     return jax.value_and_grad(loss, has_aux=has_aux)(params, *args)
 
 
-def value_and_score(log_prob: Callable, x: Array) -> tuple[Array, Array]:
-    """log_prob(x) of (..., d) and its gradient in x."""
-    value, pull = jax.vjp(log_prob, x)
-    return value, pull(xp.ones_like(value))[0]
+def value_and_score(log_prob: Callable, x: Array, attached: bool = False) -> tuple[Array, Array]:
+    """log_prob(x) of (..., d) and its gradient in x; no derivative flows through them unless asked for."""
+    value, pull = jax.vjp(log_prob, x if attached else stop(x))
+    score = pull(xp.ones_like(value))[0]
+    return (value, score) if attached else stop((value, score))
 
 
 def implicit(step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float) -> Array:

@@ -165,8 +165,12 @@ def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = Fal
     return stop(out), tree.unflatten(params, grads)
 
 
-def value_and_score(log_prob: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log_prob(x) of (..., d) and its gradient in x, both detached; log_prob is foreign code, so plain autograd."""
+def value_and_score(log_prob: Callable, x: Tensor, attached: bool = False) -> tuple[Tensor, Tensor]:
+    """log_prob(x) of (..., d) and its gradient in x, detached unless asked for; log_prob is foreign code, so plain autograd."""
+    if attached and torch.is_grad_enabled():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value = log_prob(x)
+        return value, torch.autograd.grad(value.sum(), x, create_graph=True)[0]
 
     def total(x: Tensor) -> tuple[Tensor, Tensor]:
         value = log_prob(x)

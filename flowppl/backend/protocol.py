@@ -53,7 +53,9 @@ class Backend(Protocol):
         self, f: Callable, *primals: Array, has_aux: bool = False, once: bool = False
     ) -> tuple: ...  # (out, pullback[, aux]); `once`: what is pulled back needs no derivatives of its own
     def value_and_grad(self, loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple: ...
-    def value_and_score(self, log_prob: Callable, x: Array) -> tuple[Array, Array]: ...
+    def value_and_score(
+        self, log_prob: Callable, x: Array, attached: bool = False
+    ) -> tuple[Array, Array]: ...  # `attached`: derivatives flow through both, that of the score being a second one
     def implicit(
         self, step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float
     ) -> Array: ...  # the solution x of x = step(args, x), with implicit derivatives of any order in args

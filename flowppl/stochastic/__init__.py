@@ -1,5 +1,6 @@
-"""Samplers with exact weights along paths of densities: annealing by importance sampling and by sequential Monte Carlo."""
+"""Samplers with exact weights along paths of densities: stochastic flows, annealed importance sampling, sequential Monte Carlo."""
 
-from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, tune
+from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, geometric, tune
+from flowppl.stochastic.path import Moves, Path, Run, snf
 
-__all__ = ["Annealed", "Bridge", "Schedule", "anneal", "tune"]
+__all__ = ["Annealed", "Bridge", "Moves", "Path", "Run", "Schedule", "anneal", "geometric", "snf", "tune"]
