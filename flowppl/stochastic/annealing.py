@@ -113,7 +113,7 @@ def anneal(
 
         def resampled(walkers: Walkers, log_w: Array) -> tuple[Walkers, Array]:
             at = weights.resample_systematic(choice, log_w)
-            return _taken(walkers, at), xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
+            return taken(walkers, at), xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
 
         if resample_below > 0:
             walkers, log_w = backend.cond(low, resampled, lambda *same: same, walkers, log_w)
@@ -186,7 +186,7 @@ def tune(
         bounds, _ = backend.scan(halve, (last, most), backend.asarray(xp.zeros(_BISECTIONS), like))
         whole = weights.ess(bridge.step(walkers, last, most)) >= step_ess * n
         beta = xp.where(whole, most, xp.minimum(xp.maximum(bounds[0], last + 1 / max_temperatures), one))
-        walkers = _taken(walkers, weights.resample_systematic(choice, bridge.step(walkers, last, beta)))
+        walkers = taken(walkers, weights.resample_systematic(choice, bridge.step(walkers, last, beta)))
 
         def move(carry: tuple, _: Array) -> tuple[tuple, Array]:
             walkers, log_step, rng = carry
@@ -213,5 +213,6 @@ def tune(
     return Schedule(np.array(betas), np.array(step_sizes))
 
 
-def _taken(walkers: Walkers, at: Array) -> Walkers:
+def taken(walkers: Walkers, at: Array) -> Walkers:
+    """The walkers of these indices."""
     return tree.map(lambda a: a[at], walkers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from flowppl import flows, tree
+from flowppl import flows, tree, weights
 from flowppl.backend import Array, backend_of, backend_of_rng
 from flowppl.bijections.base import Bijection, bind
 from flowppl.config import Configured
@@ -21,7 +21,7 @@ from flowppl.flows.bases import Base, Normal
 from flowppl.flows.flow import exemplar
 from flowppl.kernels import Info, Target, Walkers, hmc, init, langevin, mala, metropolis
 from flowppl.kernels.target import LogProb, is_possible
-from flowppl.stochastic.annealing import Bridge
+from flowppl.stochastic.annealing import Bridge, taken
 
 KERNELS = ("metropolis", "mala", "hmc", "langevin", "underdamped")
 UNADJUSTED = ("langevin", "underdamped")
@@ -179,7 +179,16 @@ class Path(Configured):
 
         return Bridge(sample, partial(self.base.log_prob, params["base"]), log_prob, **options)
 
-    def forward(self, rng: Any, variables: dict[str, Any], log_prob: LogProb, n: int, **options: Any) -> Run:
+    def forward(
+        self,
+        rng: Any,
+        variables: dict[str, Any],
+        log_prob: LogProb,
+        n: int,
+        *,
+        resample_below: float = 0.0,
+        **options: Any,
+    ) -> Run:
         """Draws n paths from the base to the target.
 
         Args:
@@ -187,6 +196,8 @@ class Path(Configured):
             variables: What `init` returned, trained or not.
             log_prob: Log density of the target, unnormalised: `(n, dim)` to `(n,)`.
             n: How many.
+            resample_below: The effective share of the paths below which, before moves, some are dropped and others doubled, which
+                then are no independent draws; 0 for never.
             options: Further fields of the `Bridge`: `powers`, and `attached` for derivatives through Langevin and HMC dynamics.
         """
         params, like = bind(variables), exemplar(variables)
@@ -194,12 +205,15 @@ class Path(Configured):
         start, rng = backend_of(like).split(rng, 2)
         at = begin(bridge, bridge.sample(start, n), 0.0, self._scored(0))
         seen = []
-        for i, (layer, mine, (_, beta)) in enumerate(zip(self.layers, params["layers"], self.ends(params, like), strict=True)):
+        for i, (layer, mine, (_, beta)) in enumerate(
+            zip(self.layers, params["layers"], self.ends(params, like), strict=True)
+        ):
             if isinstance(layer, Bijection):
                 at = mapped(bridge, at, beta, *layer.forward(mine, at.walkers.x), self._scored(i + 1))
             else:
-                key, rng = backend_of(like).split(rng, 2)
-                at, info = moved(key, bridge, to(bridge, at, beta), layer, mine)
+                choice, key, rng = backend_of(like).split(rng, 3)
+                at = resampled(choice, to(bridge, at, beta), resample_below)
+                at, info = moved(key, bridge, at, layer, mine)
                 seen.append(info)
         return _run(to(bridge, at, backend_of(like).asarray(1.0, like)), seen)
 
@@ -222,9 +236,12 @@ class Path(Configured):
         return run._replace(log_w=-run.log_w)
 
     def _scored(self, i: int, step: int = 1) -> bool:
-        """Whether the walkers that come to a layer need scores."""
-        layer = self.layers[i] if 0 <= i < len(self.layers) else None
-        return isinstance(layer, Moves) and layer.kernel != "metropolis"
+        """Whether the moves from a layer on, until a map, need scores."""
+        while 0 <= i < len(self.layers) and isinstance(layer := self.layers[i], Moves):
+            if layer.kernel != "metropolis":
+                return True
+            i += step
+        return False
 
 
 class At(NamedTuple):
@@ -263,6 +280,21 @@ def mapped(bridge: Bridge, at: At, beta: Array, x: Array, log_det: Array, with_s
     walkers = init(target, x, with_scores=with_scores)
     ratio = target.log_prob(walkers) - bridge.at(at.beta).log_prob(at.walkers) + log_det
     return at._replace(walkers=walkers, log_w=at.log_w + ratio, beta=beta)
+
+
+def resampled(rng: Any, at: At, below: float) -> At:
+    """Paths of one weight, where the effective share of them is below a number."""
+    if below <= 0:
+        return at
+    backend = backend_of(at.log_w)
+    log_w = backend.stop(at.log_w)
+
+    def again(at: At) -> At:
+        index = weights.resample_systematic(rng, log_w)
+        level = backend.xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
+        return At(taken(at.walkers, index), level, at.beta, at.log_choice[index])
+
+    return backend.cond(weights.ess(log_w) < below * log_w.shape[0], again, lambda at: at, at)
 
 
 def moved(rng: Any, bridge: Bridge, at: At, layer: Moves, params: Any) -> tuple[At, Info]:
