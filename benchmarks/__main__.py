@@ -17,6 +17,7 @@ BENCHMARKS = (
     "learning",
     "gain",
     "evidence",
+    "double_well",
 )
 
 if __name__ == "__main__":

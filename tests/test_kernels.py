@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from flowppl.kernels import hmc, independence, init, langevin, mala, metropolis, target
+from flowppl.stochastic import Bridge
 
 N, STEPS, LEVEL = 20_000, 12, 1e-3
 

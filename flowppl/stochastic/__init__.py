@@ -1,6 +1,7 @@
 """Samplers with exact weights along paths of densities: stochastic flows, annealed importance sampling, sequential Monte Carlo."""
 
 from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, geometric, tune
+from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.gradients import by_energy, by_layer, by_samples
 from flowppl.stochastic.path import Moves, Path, Run, snf
 from flowppl.stochastic.training import train_path
@@ -8,6 +9,7 @@ from flowppl.stochastic.training import train_path
 __all__ = [
     "Annealed",
     "Bridge",
+    "Diffusion",
     "Moves",
     "Path",
     "Run",

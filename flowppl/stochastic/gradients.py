@@ -11,7 +11,7 @@ from flowppl.flows.flow import exemplar
 from flowppl.kernels import init
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.objectives.reverse_kl import Estimate
-from flowppl.stochastic.path import UNADJUSTED, At, Moves, Path, Run, begin, moved, resampled, to
+from flowppl.stochastic.path import UNADJUSTED, At, Moves, Path, Run, begin, mapped, moved, resampled, there, to
 
 _RESAMPLE_BELOW = 0.5
 _ACCEPTANCE = {
@@ -81,9 +81,10 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
 
     Particles go through the path with weights, are resampled where few are left that count, and every map is to take the weighted
     ones before it to the density of the moves behind it. No derivative goes through the moves, so they may decide, and no second
-    derivative of the target is needed. The gradients are path gradients, from the scores that walkers have anyway: they vanish,
-    without noise, where a map is right. Step sizes are led to an acceptance. Arbel, Matthews & Doucet 2021, "Annealed flow
-    transport Monte Carlo"; Matthews et al. 2022, "Continual repeated annealed flow transport Monte Carlo", algorithm 2.
+    derivative of the target is needed; a `Diffusion` stays as it is. The gradients are path gradients, from the scores that walkers
+    have anyway: they vanish, without noise, where a map is right. Step sizes are led to an acceptance. Arbel, Matthews & Doucet
+    2021, "Annealed flow transport Monte Carlo"; Matthews et al. 2022, "Continual repeated annealed flow transport Monte Carlo",
+    algorithm 2.
 
     See `by_energy` for arguments and results; `fisher` is the sum over maps of E |difference of scores|^2.
     """
@@ -99,16 +100,20 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
     )
     for layer, mine, const, (_, beta) in rows:
         beta = backend.stop(beta)
+        choice, key, rng = backend.split(rng, 3)
         if isinstance(layer, Bijection):
             at, gap, slope = _transported(layer, mine, const, bridge, at, beta)
             grads.append(slope)
             fisher = fisher + gap
-        else:
-            choice, key, rng = backend.split(rng, 3)
+            continue
+        fixed = backend.stop(mine)
+        grads.append(tree.map(xp.zeros_like, fixed))
+        if isinstance(layer, Moves):
             at = resampled(choice, to(bridge, at, beta), _RESAMPLE_BELOW)
-            at, info = backend.stop(moved(key, bridge, at, layer, backend.stop(mine)))
-            grads.append(tree.map(xp.zeros_like, mine))
+            at, info = backend.stop(moved(key, bridge, at, layer, fixed))
             seen.append(xp.mean(info.acceptance))
+        else:
+            at = backend.stop(mapped(bridge, at, beta, *there(layer, key, fixed, at.walkers.x), True))
     at = to(bridge, at, xp.ones_like(at.beta))
     log_w = xp.where(is_possible(at.walkers.log_probs) & ~xp.isnan(at.log_w), at.log_w, -xp.inf)
     run = Run(at.walkers.x, log_w, at.log_choice, xp.stack(seen) if seen else log_w[:0])

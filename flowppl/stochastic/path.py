@@ -22,6 +22,7 @@ from flowppl.flows.flow import exemplar
 from flowppl.kernels import Info, Target, Walkers, hmc, init, langevin, mala, metropolis
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.stochastic.annealing import Bridge, taken
+from flowppl.stochastic.diffusion import Diffusion
 
 KERNELS = ("metropolis", "mala", "hmc", "langevin", "underdamped")
 UNADJUSTED = ("langevin", "underdamped")
@@ -109,7 +110,7 @@ class Path(Configured):
     that of the moves that follow. Nothing has to be exact: a path's weight makes up for all of it.
 
     Attributes:
-        layers: Bijections and `Moves`.
+        layers: Bijections, `Moves` and `Diffusion`s; the last are maps too, that are drawn.
         dim: Length of the vectors.
         base: Density of where paths start.
         betas: Of the moves; empty for equal steps to one.
@@ -120,7 +121,7 @@ class Path(Configured):
         ValueError: the betas are no increasing numbers from zero to one, one for each stochastic layer.
     """
 
-    layers: tuple[Bijection | Moves, ...]
+    layers: tuple[Bijection | Diffusion | Moves, ...]
     dim: int
     base: Base = field(default_factory=Normal)
     betas: tuple[float, ...] = ()
@@ -128,10 +129,12 @@ class Path(Configured):
 
     def __post_init__(self) -> None:
         for layer in self.layers:
-            if isinstance(layer, Bijection) and (layer.dim, layer.context_dim) != (self.dim, 0):
+            if isinstance(layer, Moves):
+                continue
+            context_dim = getattr(layer, "context_dim", 0)
+            if (layer.dim, context_dim) != (self.dim, 0):
                 raise DimensionError(
-                    f"layers: expected maps of dim={self.dim} without a context, got dim={layer.dim}, "
-                    f"context_dim={layer.context_dim}"
+                    f"layers: expected maps of dim={self.dim} without a context, got dim={layer.dim}, context_dim={context_dim}"
                 )
         steps = [b - a for a, b in zip((0.0, *self.betas), self.betas, strict=False)]
         if self.betas and (len(steps) != self.num_moves or min(steps) <= 0 or self.betas[-1] > 1):
@@ -208,13 +211,13 @@ class Path(Configured):
         for i, (layer, mine, (_, beta)) in enumerate(
             zip(self.layers, params["layers"], self.ends(params, like), strict=True)
         ):
-            if isinstance(layer, Bijection):
-                at = mapped(bridge, at, beta, *layer.forward(mine, at.walkers.x), self._scored(i + 1))
-            else:
-                choice, key, rng = backend_of(like).split(rng, 3)
+            choice, key, rng = backend_of(like).split(rng, 3)
+            if isinstance(layer, Moves):
                 at = resampled(choice, to(bridge, at, beta), resample_below)
                 at, info = moved(key, bridge, at, layer, mine)
                 seen.append(info)
+            else:
+                at = mapped(bridge, at, beta, *there(layer, key, mine, at.walkers.x), self._scored(i + 1))
         return _run(to(bridge, at, backend_of(like).asarray(1.0, like)), seen)
 
     def backward(self, rng: Any, variables: dict[str, Any], log_prob: LogProb, x: Array, **options: Any) -> Run:
@@ -225,13 +228,13 @@ class Path(Configured):
         seen: list[Info] = []
         rows = list(enumerate(zip(self.layers, params["layers"], self.ends(params, x), strict=True)))
         for i, (layer, mine, (before, after)) in reversed(rows):
+            key, rng = backend.split(rng, 2)
             at = to(bridge, at, after)
-            if isinstance(layer, Bijection):
-                at = mapped(bridge, at, before, *layer.inverse(mine, at.walkers.x), self._scored(i - 1, -1))
-            else:
-                key, rng = backend.split(rng, 2)
+            if isinstance(layer, Moves):
                 at, info = moved(key, bridge, at, layer, mine)
                 seen.insert(0, info)
+            else:
+                at = mapped(bridge, at, before, *_back(layer, key, mine, at.walkers.x), self._scored(i - 1, -1))
         run = _run(to(bridge, at, backend.asarray(0.0, x)), seen)
         return run._replace(log_w=-run.log_w)
 
@@ -272,6 +275,15 @@ def begin(bridge: Bridge, x: Array, beta: float, with_scores: bool) -> At:
 def to(bridge: Bridge, at: At, beta: Array) -> At:
     """The same paths, weighted for another density."""
     return at._replace(log_w=at.log_w + bridge.step(at.walkers, at.beta, beta), beta=beta)
+
+
+def there(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple[Array, Array]:
+    """Where a map takes x, and its log-determinants, or what a drawn map has in their place."""
+    return layer.forward(params, x) if isinstance(layer, Bijection) else layer.forward(rng, params, x)
+
+
+def _back(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple[Array, Array]:
+    return layer.inverse(params, x) if isinstance(layer, Bijection) else layer.backward(rng, params, x)
 
 
 def mapped(bridge: Bridge, at: At, beta: Array, x: Array, log_det: Array, with_scores: bool) -> At:
@@ -328,11 +340,11 @@ _STEPS = {
 }
 
 
-def snf(layers: Sequence[str | Recipe | Flow | Bijection | Moves], dim: int, **options: Any) -> Path:
+def snf(layers: Sequence[str | Recipe | Flow | Bijection | Diffusion | Moves], dim: int, **options: Any) -> Path:
     """A path from layers, among which flows stand for their bijections.
 
     Args:
-        layers: Names of registered flows, recipes, flows or bijections; and `Moves`.
+        layers: Names of registered flows, recipes, flows or bijections; `Moves`, and `Diffusion`s.
         dim: Length of the vectors.
         options: Further fields of the `Path`.
 
@@ -346,5 +358,8 @@ def snf(layers: Sequence[str | Recipe | Flow | Bijection | Moves], dim: int, **o
         >>> path.num_moves
         3
     """
-    ours = (layer if isinstance(layer, Bijection | Moves) else flows.get(layer)(dim).bijection for layer in layers)
+    ours = (
+        layer if isinstance(layer, Bijection | Diffusion | Moves) else flows.get(layer)(dim).bijection
+        for layer in layers
+    )
     return Path(tuple(ours), dim, **options)

@@ -36,8 +36,8 @@ def train_path(
         log_prob: Log density of the target, unnormalised: `(n, dim)` to `(n,)`.
         by: "layer" trains each map alone between the densities beside it, which is cheap, takes any moves, and is the default;
             "energy" all layers together, through the dynamics: Langevin's step sizes and learned betas need it.
-        samples: Draws of the target `(m, dim)`, from elsewhere, such as data: `share` of the gradient is then that of the likelihood
-            of paths back from a random batch of them, all layers together.
+        samples: Draws of the target `(m, dim)`, from elsewhere, such as data: `share` of the gradient is then that of the
+            likelihood of paths back from a random batch of them, all layers together.
         share: Of samples; at one nothing else counts.
         seed: Of all draws.
         options: How.
@@ -55,17 +55,17 @@ def train_path(
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1, got {share}")
     one = by_layer if by == "layer" else by_energy
-    n, part = options.num_particles, 0.0 if samples is None else share
+    n = options.num_particles
 
     def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
         backend = backend_of(control.square)
         choice, back, rng = backend.split(rng, 3)
         found = []
-        if part < 1:
-            found.append((1 - part, one(path, variables, log_prob, rng, n)))
-        if part > 0:
+        if samples is None or share < 1:
+            found.append((1.0 if samples is None else 1 - share, one(path, variables, log_prob, rng, n)))
+        if samples is not None and share > 0:
             at = backend.categorical(choice, backend.xp.zeros_like(samples[:, 0]), (n,))
-            found.append((part, by_samples(path, variables, log_prob, back, samples[at])))
+            found.append((share, by_samples(path, variables, log_prob, back, samples[at])))
         estimate, grads = (
             tree.map(lambda *each: sum(p * a for (p, _), a in zip(found, each, strict=True)), *parts)
             for parts in zip(*(result for _, result in found), strict=True)
