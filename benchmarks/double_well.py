@@ -71,8 +71,8 @@ def _errors(x: np.ndarray, w: np.ndarray) -> tuple[float, float]:
     """Of the profile, and of the difference between both sides."""
     found = np.histogram(x, EDGES, weights=w)[0][KNOWN]
     gap = np.log(np.maximum(found, 0.5 / DRAWS)) - np.log(EXACT[KNOWN])
-    right = w[x > 0].sum()
-    return float(np.sqrt(np.mean(gap**2))), abs(float(np.log(right / (1 - right))) - DIFFERENCE)
+    sides = np.maximum([w[x > 0].sum(), w[x < 0].sum()], 0.5 / DRAWS)
+    return float(np.sqrt(np.mean(gap**2))), abs(float(np.log(sides[0] / sides[1])) - DIFFERENCE)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ Everything that the standard has goes through `Backend.xp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 Array = Any
@@ -66,6 +66,9 @@ class Backend(Protocol):
     def while_loop(self, cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree: ...  # no derivatives
     def cond(self, pred: Array, a: Callable, b: Callable, *operands: Any) -> Any: ...
     def jit(self, f: Callable) -> Callable: ...
+    def each(
+        self, f: Callable, rngs: Sequence[Rng]
+    ) -> Iterator[Tree]: ...  # f(rng) in order, spread over devices (jax) or processes (torch.distributed)
     def vmap(self, f: Callable, in_axes: Any = 0) -> Callable: ...
 
     # Random numbers: `like` gives dtype and device (None: the framework's default)
