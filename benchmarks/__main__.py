@@ -18,6 +18,7 @@ BENCHMARKS = (
     "gain",
     "evidence",
     "double_well",
+    "overhead",
 )
 
 if __name__ == "__main__":

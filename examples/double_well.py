@@ -3,7 +3,7 @@
 A flow is smooth, and draws a bridge between two wells where there is none; moves alone stay in the well that they start in. In turn
 they do what neither can. Wu, Koehler & Noe 2020, "Stochastic normalizing flows". The script trains a plain flow and one with
 Metropolis moves on u(x, y) = -x / 2 - 6 x^2 + x^4 + y^2 / 2, prints what they know of its free energy and saves a picture:
-docs/images/double-well.png when run from the root with `--output docs/images`.
+docs/images/double_well.png when run from the root with `--output docs/images`.
 
     python examples/double_well.py --framework jax
 """
@@ -108,7 +108,7 @@ def picture(backend: Any, found: dict[str, Any], n: int, folder: Folder) -> None
         axes.set(title=name, xlabel="x", ylim=(-0.5, 9), ylabel="free energy (kT)")
         axes.legend(frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "double-well.png", dpi=90)
+    figure.savefig(folder / "double_well.png", dpi=90)
 
 
 if __name__ == "__main__":
