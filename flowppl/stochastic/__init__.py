@@ -3,7 +3,8 @@
 from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, geometric, tune
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.gradients import by_energy, by_layer, by_samples
-from flowppl.stochastic.path import Moves, Path, Run, snf
+from flowppl.stochastic.moves import Moves
+from flowppl.stochastic.path import Path, Run, snf
 from flowppl.stochastic.training import train_path
 
 __all__ = [

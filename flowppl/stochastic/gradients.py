@@ -11,7 +11,9 @@ from flowppl.flows.flow import exemplar
 from flowppl.kernels import init
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.objectives.reverse_kl import Estimate
-from flowppl.stochastic.path import UNADJUSTED, At, Moves, Path, Run, begin, mapped, moved, resampled, there, to
+from flowppl.stochastic.moves import UNADJUSTED, Moves
+from flowppl.stochastic.path import Path, Run
+from flowppl.stochastic.walk import At, begin, mapped, moved, resampled, there, to
 
 _RESAMPLE_BELOW = 0.5
 _ACCEPTANCE = {

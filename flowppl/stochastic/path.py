@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from flowppl import flows, tree, weights
+from flowppl import flows, tree
 from flowppl.backend import Array, backend_of, backend_of_rng
 from flowppl.bijections.base import Bijection, bind
 from flowppl.config import Configured
@@ -19,69 +19,12 @@ from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
 from flowppl.flows.bases import Base, Normal
 from flowppl.flows.flow import exemplar
-from flowppl.kernels import Info, Target, Walkers, hmc, init, langevin, mala, metropolis
+from flowppl.kernels import Info
 from flowppl.kernels.target import LogProb, is_possible
-from flowppl.stochastic.annealing import Bridge, taken
+from flowppl.stochastic.annealing import Bridge
 from flowppl.stochastic.diffusion import Diffusion
-
-KERNELS = ("metropolis", "mala", "hmc", "langevin", "underdamped")
-UNADJUSTED = ("langevin", "underdamped")
-
-
-@dataclass(frozen=True)
-class Moves(Configured):
-    """A stochastic layer: steps of a Markov kernel at one density of the bridge.
-
-    Attributes:
-        kernel: "metropolis", "mala", "hmc", "langevin" (overdamped) or "underdamped".
-        repeats: How many steps.
-        step_size: Where the trainable step size starts.
-        leapfrog: Steps of the dynamics in one of "hmc" or "underdamped".
-
-    Raises:
-        ValueError: there is no such kernel, or a number is not positive.
-    """
-
-    kernel: str = "hmc"
-    repeats: int = 1
-    step_size: float = 0.2
-    leapfrog: int = 8
-
-    def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        for name in ("repeats", "step_size", "leapfrog"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    def init(self, rng: Any) -> dict[str, Any]:
-        """The logarithm of the step size over where it starts."""
-        return {"params": {"log_step": backend_of_rng(rng).xp.zeros(())}, "const": {}}
-
-    def apply(self, rng: Any, params: Any, target: Target, walkers: Walkers) -> tuple[Walkers, Info]:
-        """All steps; ratios and log-choices are added up, the acceptance is the mean.
-
-        Args:
-            rng: A jax key, or a `torch.Generator`.
-            params: As `init` draws them.
-            target: The density of the bridge.
-            walkers: With scores, but for "metropolis".
-        """
-        backend = backend_of(walkers.x)
-        xp = backend.xp
-        step_size = self.step_size * xp.exp(params["log_step"])
-        options = {"num_steps": self.leapfrog} if self.kernel in ("hmc", "underdamped") else {}
-
-        def one(carry: tuple, _: Array) -> tuple[tuple, Array]:
-            walkers, total, rng = carry
-            key, rng = backend.split(rng, 2)
-            walkers, info = _STEPS[self.kernel](key, target, walkers, step_size, **options)
-            return (walkers, Info(*(a + b for a, b in zip(total, info, strict=True))), rng), _
-
-        zero = xp.zeros_like(walkers.log_probs[:, 0])
-        rows = backend.asarray(xp.zeros(self.repeats), walkers.x)
-        (walkers, total, _), _ = backend.scan(one, (walkers, Info(zero, zero, zero), rng), rows)
-        return walkers, total._replace(acceptance=total.acceptance / self.repeats)
+from flowppl.stochastic.moves import Moves
+from flowppl.stochastic.walk import At, back, begin, mapped, moved, resampled, there, to
 
 
 class Run(NamedTuple):
@@ -234,7 +177,7 @@ class Path(Configured):
                 at, info = moved(key, bridge, at, layer, mine)
                 seen.insert(0, info)
             else:
-                at = mapped(bridge, at, before, *_back(layer, key, mine, at.walkers.x), self._scored(i - 1, -1))
+                at = mapped(bridge, at, before, *back(layer, key, mine, at.walkers.x), self._scored(i - 1, -1))
         run = _run(to(bridge, at, backend.asarray(0.0, x)), seen)
         return run._replace(log_w=-run.log_w)
 
@@ -247,97 +190,12 @@ class Path(Configured):
         return False
 
 
-class At(NamedTuple):
-    """Where paths are.
-
-    Attributes:
-        walkers: Their ends.
-        log_w: Log-weights for the density of the bridge there, `(n,)`.
-        beta: Which that is.
-        log_choice: See `Run`.
-    """
-
-    walkers: Walkers
-    log_w: Array
-    beta: Array
-    log_choice: Array
-
-
-def begin(bridge: Bridge, x: Array, beta: float, with_scores: bool) -> At:
-    """Paths of weight one at draws of the bridge's density at beta."""
-    backend = backend_of(x)
-    here = backend.asarray(beta, x)
-    walkers = init(bridge.at(here), x, with_scores=with_scores)
-    zero = backend.xp.zeros_like(walkers.log_probs[:, 0])
-    return At(walkers, zero, here, zero)
-
-
-def to(bridge: Bridge, at: At, beta: Array) -> At:
-    """The same paths, weighted for another density."""
-    return at._replace(log_w=at.log_w + bridge.step(at.walkers, at.beta, beta), beta=beta)
-
-
-def there(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple[Array, Array]:
-    """Where a map takes x, and its log-determinants, or what a drawn map has in their place."""
-    return layer.forward(params, x) if isinstance(layer, Bijection) else layer.forward(rng, params, x)
-
-
-def _back(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple[Array, Array]:
-    return layer.inverse(params, x) if isinstance(layer, Bijection) else layer.backward(rng, params, x)
-
-
-def mapped(bridge: Bridge, at: At, beta: Array, x: Array, log_det: Array, with_scores: bool) -> At:
-    """The paths after a map to x with log-determinants, weighted for the density at beta."""
-    target = bridge.at(beta)
-    walkers = init(target, x, with_scores=with_scores)
-    ratio = target.log_prob(walkers) - bridge.at(at.beta).log_prob(at.walkers) + log_det
-    return at._replace(walkers=walkers, log_w=at.log_w + ratio, beta=beta)
-
-
-def resampled(rng: Any, at: At, below: float) -> At:
-    """Paths of one weight, where the effective share of them is below a number."""
-    if below <= 0:
-        return at
-    backend = backend_of(at.log_w)
-    log_w = backend.stop(at.log_w)
-
-    def again(at: At) -> At:
-        index = weights.resample_systematic(rng, log_w)
-        level = backend.xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
-        return At(taken(at.walkers, index), level, at.beta, at.log_choice[index])
-
-    return backend.cond(weights.ess(log_w) < below * log_w.shape[0], again, lambda at: at, at)
-
-
-def moved(rng: Any, bridge: Bridge, at: At, layer: Moves, params: Any) -> tuple[At, Info]:
-    """The paths after moves at their density. What of these is not reversible counts, backwards as well."""
-    target = bridge.at(at.beta)
-    walkers, info = layer.apply(rng, params, target, at.walkers)
-    # Zero for steps that leave the density invariant.
-    excess = info.log_ratio - (target.log_prob(at.walkers) - target.log_prob(walkers))
-    if layer.kernel in UNADJUSTED:
-        xp = backend_of(excess).xp
-        lost = xp.isnan(excess)
-        share = xp.exp(xp.clip(xp.where(lost, xp.zeros_like(excess), excess) / layer.repeats, None, 0.0))
-        info = info._replace(acceptance=xp.where(lost, xp.zeros_like(share), share))
-    return At(walkers, at.log_w + excess, at.beta, at.log_choice + info.log_choice), info
-
-
 def _run(at: At, seen: list[Info]) -> Run:
     xp = backend_of(at.log_w).xp
     fine = is_possible(at.walkers.log_probs) & ~xp.isnan(at.log_w)
     log_w = xp.where(fine, at.log_w, -xp.inf)
     acceptance = xp.stack([xp.mean(info.acceptance) for info in seen]) if seen else xp.zeros_like(log_w[:0])
     return Run(at.walkers.x, log_w, at.log_choice, acceptance)
-
-
-_STEPS = {
-    "metropolis": metropolis.step,
-    "mala": mala.step,
-    "hmc": hmc.step,
-    "langevin": langevin.step,
-    "underdamped": langevin.underdamped,
-}
 
 
 def snf(layers: Sequence[str | Recipe | Flow | Bijection | Diffusion | Moves], dim: int, **options: Any) -> Path:
