@@ -17,6 +17,8 @@ BENCHMARKS = (
     "learning",
     "gain",
     "evidence",
+    "double_well",
+    "overhead",
 )
 
 if __name__ == "__main__":

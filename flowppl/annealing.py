@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ from tqdm import tqdm
 from flowppl import weights
 from flowppl.backend import Array, backend_of
 from flowppl.bijections.base import bind
+from flowppl.checkpoint import Checkpoint
+from flowppl.config import describe
 from flowppl.errors import UnsupportedModelError
 from flowppl.fitting import Draws, Problem
 from flowppl.flows.affine_end import place
@@ -70,6 +72,7 @@ def anneal_flow(
     num_samples: int = 10_000,
     num_steps: int = 8,
     step_ess: float = 0.95,
+    checkpoint: str | None = None,
     progress_bar: bool = False,
 ) -> Annealing:
     """Anneals from the flow to the posterior, in the space of the flow's base.
@@ -84,6 +87,7 @@ def anneal_flow(
         num_samples: Draws, made by islands of 500 particles, whose evidences tell the error.
         num_steps: Leapfrog steps at each temperature.
         step_ess: See `flowppl.stochastic.tune`.
+        checkpoint: A file that keeps the islands that are done.
         progress_bar: Whether to show how it goes.
 
     Raises:
@@ -102,15 +106,19 @@ def anneal_flow(
     variables = backend.stop(variables)
     bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
     islands = -(-num_samples // _ISLAND)
+    task = {
+        "flow": describe(flow),
+        "seed": seed,
+        "num_samples": num_samples,
+        "num_steps": num_steps,
+        "step_ess": step_ess,
+    }
 
-    def runs(f: Callable[[Any], Any], stream: int, done: Callable[[], Any] = lambda: None) -> list[np.ndarray]:
-        """What f gives for random numbers of each island, its arrays stacked."""
-        f, found = backend.jit(f), []
-        for i in range(islands):
-            arrays = backend.stop(f(backend.rng(seed_of(seed, stream, i), like)))
-            found.append([np.asarray(backend.to_numpy(a), np.float64) for a in arrays])
-            done()
-        return [np.stack(a) for a in zip(*found, strict=True)]
+    def runs(f: Callable[[Any], Any], stream: int, start: int = 0) -> Iterator[list[np.ndarray]]:
+        """What f gives for random numbers of each island."""
+        rngs = [backend.rng(seed_of(seed, stream, i), like) for i in range(start, islands)]
+        for arrays in backend.each(f, rngs):
+            yield [np.asarray(backend.to_numpy(a), np.float64) for a in arrays]
 
     def together(x: np.ndarray, log_w: np.ndarray) -> Draws:
         return x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]
@@ -139,8 +147,21 @@ def anneal_flow(
             found = anneal(rng, bridge, kernel, fixed, _ISLAND)
             return flow.push(variables, found.x).x, *found[1:]
 
-        x, log_w, *seen = runs(island, _RUNS, bar.update)
-    start = together(*runs(first, _BASE))
+        shapes = [(_ISLAND, flow.dim), (_ISLAND,), *[schedule.betas.shape] * 3]
+        found = [np.zeros((islands, *shape)) for shape in shapes]
+        memory = checkpoint and Checkpoint(checkpoint, {**task, "betas": [float(f"{b:.3g}") for b in schedule.betas]})
+        done = 0
+        if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
+            done, found = int(state[0]["done"]), state[0]["found"]
+            bar.update(done)
+        for i, arrays in enumerate(runs(island, _RUNS, done), done):
+            for all_of_them, one in zip(found, arrays, strict=True):
+                all_of_them[i] = one
+            if memory:
+                memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
+            bar.update()
+    x, log_w, *seen = found
+    start = together(*(np.stack(a) for a in zip(*runs(first, _BASE), strict=True)))
     log_z = weights.log_mean_exp(log_w)
     return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
 

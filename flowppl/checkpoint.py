@@ -1,4 +1,4 @@
-"""Where an interrupted training goes on from: one file, replaced as a whole after every chunk of steps."""
+"""Where an interrupted run goes on from: one file, replaced as a whole after every chunk of it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from flowppl import tree
 from flowppl.backend import backend_of
 from flowppl.errors import CheckpointError
 from flowppl.flows.files import on_host, replace
-from flowppl.training import Move, Record, State
+from flowppl.training import Move, Record
 
 FORMAT = "flowppl-checkpoint-1"
 
 
 class Checkpoint:
-    """A file with a state of training and the records that led to it.
+    """A file with the state of a run, a tree of arrays, and the records of training that led to it.
 
     A process may be killed at any time: the file is whole, and a rerun ends where an uninterrupted run would have.
 
     Args:
         path: The file.
-        task: What is trained and how, as JSON types: a file of another task is an error.
+        task: What runs and how, as JSON types: a file of another task is an error.
     """
 
     def __init__(self, path: str | os.PathLike[str], task: Any) -> None:
@@ -37,7 +37,7 @@ class Checkpoint:
         """The checkpoint of another part of the same task, in a file of its own."""
         return Checkpoint(f"{self._path}.{name}", self._task)
 
-    def save(self, state: State, history: Sequence[Record]) -> None:
+    def save(self, state: Any, history: Sequence[Record]) -> None:
         """Replaces the file.
 
         Raises:
@@ -46,7 +46,7 @@ class Checkpoint:
         text = json.dumps({"task": self._task, "history": history})
         replace(self._path, save(on_host(state), {"format": FORMAT, "description": text}))
 
-    def load(self, template: State) -> tuple[State, list[Record]] | None:
+    def load(self, template: Any) -> tuple[Any, list[Record]] | None:
         """Reads the file into the arrays of `template`; None if there is none.
 
         Raises:

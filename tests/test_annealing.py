@@ -1,7 +1,11 @@
 """Annealing: the mean weight is the normalising constant, whatever kernel, schedule and resampling; draws are the target's."""
 
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,3 +146,33 @@ def test_more_temperatures_than_there_may_be(backend, f64, make_rng):
     schedule = tune(make_rng(0), bridge, KERNELS["hmc"], like, n=100, max_temperatures=15, moves=2)
     assert len(schedule.betas) <= 16
     assert schedule.betas[-1] == 1
+
+
+DEVICES = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax, numpy as np
+from functools import partial
+from flowppl.backend import get_backend
+from flowppl.kernels import metropolis
+from flowppl.stochastic import anneal
+from tests.test_annealing import from_normal, gaussian
+backend, like = get_backend("jax"), jax.numpy.zeros(())
+schedule = jax.numpy.linspace(0.2, 1, 5), jax.numpy.full(5, 0.3)
+run = partial(anneal, bridge=from_normal(backend, like, gaussian), kernel=metropolis.step, schedule=schedule, n=200)
+rngs = [backend.rng(i) for i in range(6)]
+spread, one = list(backend.each(run, rngs)), [jax.jit(run)(rng) for rng in rngs]
+assert len(spread) == 6 and jax.local_device_count() == 4
+for a, b in zip(spread, one):
+    for x, y in zip(a, b):
+        np.testing.assert_array_equal(x, y)
+"""
+
+
+def test_devices_share_the_islands():
+    """Four of them make the same draws as one."""
+    pytest.importorskip("jax")
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run(
+        [sys.executable, "-c", DEVICES], check=True, timeout=250, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )

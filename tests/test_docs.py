@@ -39,6 +39,12 @@ def test_getting_started(front: str, tmp_path: Path) -> None:
     _run("\n".join(blocks), tmp_path)
 
 
+def test_stochastic(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (script,) = re.findall(r"^```python\n(.*?)```", _text("docs/stochastic.md"), re.DOTALL | re.MULTILINE)
+    _run(script, tmp_path, steps=600)
+
+
 @pytest.mark.parametrize(("front", "library"), [("numpyro", "flowjax"), ("pyro", "zuko")])
 def test_other_libraries(front: str, library: str, tmp_path: Path) -> None:
     pytest.importorskip(front)

@@ -34,7 +34,7 @@ def test_demo(ppl: str, tmp_path: Path) -> None:
 
 
 # In torch alone: jax compiles for a minute and then runs for a second.
-@pytest.mark.parametrize("name", ["path_gradients", "heavy_tails", "modes", "torus"])
+@pytest.mark.parametrize("name", ["path_gradients", "heavy_tails", "modes", "torus", "double_well"])
 def test_experiments(name: str, tmp_path: Path) -> None:
     for package in ("torch", "matplotlib"):
         pytest.importorskip(package)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flowppl.kernels import bridge, hmc, independence, init, langevin, mala, metropolis, target
+from flowppl.kernels import hmc, independence, init, langevin, mala, metropolis, target
+from flowppl.stochastic import Bridge
 
 N, STEPS, LEVEL = 20_000, 12, 1e-3
 
@@ -122,9 +123,10 @@ def test_ratios_make_up_for_the_dynamics(backend, f64, make_rng, name):
 def test_powers_need_no_new_evaluation(backend, f64):
     """Walkers of a bridge hold both factors: the density and the score at any temperature are mixtures of them."""
     x = f64(exact(5, 7))
-    walkers = init(bridge(log_wide, log_prob, f64(0.3)), x)
+    bridge = Bridge(None, log_wide, log_prob)
+    walkers = init(bridge.at(f64(0.3)), x)
     for beta in (0.0, 0.3, 1.0):
-        at = bridge(log_wide, log_prob, f64(beta))
+        at = bridge.at(f64(beta))
         value, score = backend.value_and_score(lambda x, b=beta: (1 - b) * log_wide(x) + b * log_prob(x), x)
         np.testing.assert_allclose(backend.to_numpy(at.log_prob(walkers)), backend.to_numpy(value), rtol=1e-12)
         np.testing.assert_allclose(backend.to_numpy(at.score(walkers)), backend.to_numpy(score), rtol=1e-10, atol=1e-12)

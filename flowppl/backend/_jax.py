@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -139,10 +139,11 @@ def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = Fal
     return jax.value_and_grad(loss, has_aux=has_aux)(params, *args)
 
 
-def value_and_score(log_prob: Callable, x: Array) -> tuple[Array, Array]:
-    """log_prob(x) of (..., d) and its gradient in x."""
-    value, pull = jax.vjp(log_prob, x)
-    return value, pull(xp.ones_like(value))[0]
+def value_and_score(log_prob: Callable, x: Array, attached: bool = False) -> tuple[Array, Array]:
+    """log_prob(x) of (..., d) and its gradient in x; no derivative flows through them unless asked for."""
+    value, pull = jax.vjp(log_prob, x if attached else stop(x))
+    score = pull(xp.ones_like(value))[0]
+    return (value, score) if attached else stop((value, score))
 
 
 def implicit(step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float) -> Array:
@@ -229,6 +230,19 @@ def cond(pred: Any, a: Callable, b: Callable, *operands: Any) -> Any:
 def jit(f: Callable) -> Callable:
     """Compiles f."""
     return jax.jit(f)
+
+
+def each(f: Callable, rngs: Sequence[Rng]) -> Iterator[Tree]:
+    """f(rng) for each of these in order, compiled, on as many devices at a time as there are."""
+    size = jax.local_device_count()
+    if size == 1:
+        yield from map(jax.jit(f), rngs)
+        return
+    together = jax.pmap(f)
+    for i in range(0, len(rngs), size):
+        group = list(rngs[i : i + size])
+        found = together(xp.stack(group + group[-1:] * (size - len(group))))
+        yield from (jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(group)))
 
 
 def vmap(f: Callable, in_axes: Any = 0) -> Callable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -187,6 +187,11 @@ def cond(pred: Any, a: Callable, b: Callable, *operands: Any) -> Any:
 def jit(f: Callable) -> Callable:
     """Gives f itself."""
     return f
+
+
+def each(f: Callable, rngs: Sequence[Rng]) -> Iterator[Tree]:
+    """f(rng) for each of these in order."""
+    return map(f, rngs)
 
 
 def vmap(f: Callable, in_axes: Any = 0) -> Callable:

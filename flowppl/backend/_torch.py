@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -165,8 +165,12 @@ def value_and_grad(loss: Callable, params: Tree, *args: Any, has_aux: bool = Fal
     return stop(out), tree.unflatten(params, grads)
 
 
-def value_and_score(log_prob: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log_prob(x) of (..., d) and its gradient in x, both detached; log_prob is foreign code, so plain autograd."""
+def value_and_score(log_prob: Callable, x: Tensor, attached: bool = False) -> tuple[Tensor, Tensor]:
+    """log_prob(x) of (..., d) and its gradient in x, detached unless asked for; log_prob is foreign code, so plain autograd."""
+    if attached and torch.is_grad_enabled():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value = log_prob(x)
+        return value, torch.autograd.grad(value.sum(), x, create_graph=True)[0]
 
     def total(x: Tensor) -> tuple[Tensor, Tensor]:
         value = log_prob(x)
@@ -315,6 +319,18 @@ def cond(pred: Any, a: Callable, b: Callable, *operands: Any) -> Any:
 def jit(f: Callable) -> Callable:
     """Gives f itself: torch runs eagerly, and `torch.compile` is the user's choice."""
     return f
+
+
+def each(f: Callable, rngs: Sequence[torch.Generator]) -> Iterator[Tree]:
+    """f(rng) for each of these in order, detached; of a process group, such as `torchrun` makes, each process takes its part."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield from (stop(f(rng)) for rng in rngs)
+        return
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    mine = [tree.map(lambda a: a.cpu(), stop(f(rng))) for rng in rngs[rank::size]]
+    parts: list[Any] = [None] * size
+    torch.distributed.all_gather_object(parts, mine)
+    yield from (parts[i % size][i // size] for i in range(len(rngs)))
 
 
 def vmap(f: Callable, in_axes: Any = 0) -> Callable:

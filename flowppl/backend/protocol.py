@@ -7,7 +7,7 @@ Everything that the standard has goes through `Backend.xp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 Array = Any
@@ -53,7 +53,9 @@ class Backend(Protocol):
         self, f: Callable, *primals: Array, has_aux: bool = False, once: bool = False
     ) -> tuple: ...  # (out, pullback[, aux]); `once`: what is pulled back needs no derivatives of its own
     def value_and_grad(self, loss: Callable, params: Tree, *args: Any, has_aux: bool = False) -> tuple: ...
-    def value_and_score(self, log_prob: Callable, x: Array) -> tuple[Array, Array]: ...
+    def value_and_score(
+        self, log_prob: Callable, x: Array, attached: bool = False
+    ) -> tuple[Array, Array]: ...  # `attached`: derivatives flow through both, that of the score being a second one
     def implicit(
         self, step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float
     ) -> Array: ...  # the solution x of x = step(args, x), with implicit derivatives of any order in args
@@ -64,6 +66,9 @@ class Backend(Protocol):
     def while_loop(self, cond: Callable, body: Callable, state: Tree, *, max_steps: int) -> Tree: ...  # no derivatives
     def cond(self, pred: Array, a: Callable, b: Callable, *operands: Any) -> Any: ...
     def jit(self, f: Callable) -> Callable: ...
+    def each(
+        self, f: Callable, rngs: Sequence[Rng]
+    ) -> Iterator[Tree]: ...  # f(rng) in order, spread over devices (jax) or processes (torch.distributed)
     def vmap(self, f: Callable, in_axes: Any = 0) -> Callable: ...
 
     # Random numbers: `like` gives dtype and device (None: the framework's default)

@@ -4,13 +4,12 @@ Each module has `step(rng, target, walkers, ...) -> (walkers, Info)`; `target.in
 """
 
 from flowppl.kernels import hmc, independence, langevin, mala, metropolis
-from flowppl.kernels.target import Info, Target, Walkers, bridge, init, target
+from flowppl.kernels.target import Info, Target, Walkers, init, target
 
 __all__ = [
     "Info",
     "Target",
     "Walkers",
-    "bridge",
     "hmc",
     "independence",
     "init",

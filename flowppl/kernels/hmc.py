@@ -36,5 +36,4 @@ def step(
     momentum_end = momentum_end - 0.5 * step_size * target.score(end)
     before, after = target.log_prob(walkers), target.log_prob(end)
     kinetic = 0.5 * (xp.sum(momentum * momentum, axis=-1) - xp.sum(momentum_end * momentum_end, axis=-1))
-    new, probability = accept(accept_rng, after - before + kinetic, walkers, end)
-    return new, Info(before - target.log_prob(new), probability)
+    return accept(accept_rng, target, after - before + kinetic, walkers, end)

@@ -28,10 +28,8 @@ def step(
     draw_rng, accept_rng = backend_of(walkers.x).split(rng, 2)
     x, log_q = propose(draw_rng, walkers.x.shape[0])
     proposed = init(target, x, with_scores=walkers.scores is not None)
-    before = target.log_prob(walkers)
-    ratio = target.log_prob(proposed) - log_q - (before - log_proposal(walkers.x))
-    new, probability = accept(accept_rng, ratio, walkers, proposed)
-    return new, Info(before - target.log_prob(new), probability)
+    ratio = target.log_prob(proposed) - log_q - (target.log_prob(walkers) - log_proposal(walkers.x))
+    return accept(accept_rng, target, ratio, walkers, proposed)
 
 
 def isir(
@@ -75,4 +73,6 @@ def isir(
         return xp.concat([own[:, None], others], axis=1)[rows, at]
 
     new = tree.map(chosen, walkers, proposed)
-    return new, Info(before - target.log_prob(new), 1 - weights.normalize(log_w, axis=1)[:, 0])
+    shares = weights.normalize(log_w, axis=1)
+    log_choice = xp.log(shares[rows, at])
+    return new, Info(before - target.log_prob(new), 1 - shares[:, 0], log_choice)

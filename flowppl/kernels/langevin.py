@@ -12,7 +12,7 @@ from flowppl.kernels.target import Info, Target, Walkers, init
 
 
 def step(rng: Any, target: Target, walkers: Walkers, step_size: Array | float) -> tuple[Walkers, Info]:
-    """Overdamped: x' = x + step_size^2 / 2 score(x) + step_size noise. Scores carry no derivatives.
+    """Overdamped: x' = x + step_size^2 / 2 score(x) + step_size noise.
 
     Args:
         rng: A jax key, or a `torch.Generator`.
@@ -26,7 +26,7 @@ def step(rng: Any, target: Target, walkers: Walkers, step_size: Array | float) -
     new = init(target, walkers.x + 0.5 * step_size * step_size * target.score(walkers) + step_size * noise)
     back = (walkers.x - new.x) / step_size - 0.5 * step_size * target.score(new)
     ratio = 0.5 * (xp.sum(noise * noise, axis=-1) - xp.sum(back * back, axis=-1))
-    return new, Info(ratio, xp.ones_like(ratio))
+    return new, Info(ratio, xp.ones_like(ratio), xp.zeros_like(ratio))
 
 
 def underdamped(
@@ -75,4 +75,4 @@ def underdamped(
     zero = xp.zeros_like(walkers.log_probs[:, 0])
     steps = backend.asarray(xp.zeros(num_steps), walkers.x)
     (new, _, ratio, _), _ = backend.scan(one, (walkers, draw(start), zero, rng), steps)
-    return new, Info(ratio, xp.ones_like(ratio))
+    return new, Info(ratio, xp.ones_like(ratio), xp.zeros_like(ratio))

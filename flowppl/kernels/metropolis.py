@@ -21,6 +21,4 @@ def step(rng: Any, target: Target, walkers: Walkers, step_size: Array | float) -
     noise_rng, accept_rng = backend.split(rng, 2)
     noise = backend.normal(noise_rng, tuple(walkers.x.shape), like=walkers.x)
     proposed = init(target, walkers.x + step_size * noise, with_scores=walkers.scores is not None)
-    before = target.log_prob(walkers)
-    new, probability = accept(accept_rng, target.log_prob(proposed) - before, walkers, proposed)
-    return new, Info(before - target.log_prob(new), probability)
+    return accept(accept_rng, target, target.log_prob(proposed) - target.log_prob(walkers), walkers, proposed)

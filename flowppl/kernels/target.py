@@ -21,10 +21,12 @@ class Target(NamedTuple):
     Attributes:
         factors: Log densities, `(n, dim)` to `(n,)`.
         powers: `(k,)`.
+        attached: Whether derivatives flow through what walkers know: second ones of the factors, where a step takes scores.
     """
 
     factors: tuple[LogProb, ...]
     powers: Array
+    attached: bool = False
 
     def log_prob(self, walkers: Walkers) -> Array:
         """Log density of walkers, `(n,)`."""
@@ -58,10 +60,13 @@ class Info(NamedTuple):
             reversible has log pi(x) - log pi(x'). Along a path of steps, log p at its end, less log q at its start, plus all of
             these is the log-weight of the path.
         acceptance: The probability that the step is accepted, `(n,)`; one for a step that always is.
+        log_choice: The log-probability of what was decided, to accept or not, `(n,)`; zero for a step that decides nothing. Its
+            derivative is what those of the walkers lack: a decision has none of its own.
     """
 
     log_ratio: Array
     acceptance: Array
+    log_choice: Array
 
 
 def target(log_prob: LogProb, like: Array) -> Target:
@@ -73,17 +78,6 @@ def target(log_prob: LogProb, like: Array) -> Target:
     """
     backend = backend_of(like)
     return Target((log_prob,), backend.asarray(backend.xp.ones(1), like))
-
-
-def bridge(log_base: LogProb, log_prob: LogProb, beta: Array) -> Target:
-    """The geometric bridge base^(1 - beta) p^beta.
-
-    Args:
-        log_base: Log density of the base, `(n, dim)` to `(n,)`.
-        log_prob: Log density of the target, unnormalised.
-        beta: A scalar array, from zero to one.
-    """
-    return Target((log_base, log_prob), backend_of(beta).xp.stack([1 - beta, beta]))
 
 
 def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
@@ -99,7 +93,7 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
     if not with_scores:
         values = xp.stack([f(x) for f in target.factors], axis=-1)
         return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
-    found = [backend.value_and_score(f, x) for f in target.factors]
+    found = [backend.value_and_score(f, x, target.attached) for f in target.factors]
     values, scores = xp.stack([value for value, _ in found], axis=-1), xp.stack([score for _, score in found], axis=1)
     fine = xp.isfinite(values) & xp.all(xp.isfinite(scores), axis=-1)
     return Walkers(x, xp.where(fine, values, _IMPOSSIBLE), xp.where(fine[..., None], scores, xp.zeros_like(scores)))
@@ -111,12 +105,17 @@ def is_possible(log_probs: Array) -> Array:
     return xp.all(log_probs > 0.5 * _IMPOSSIBLE, axis=-1)
 
 
-def accept(rng: object, log_ratio: Array, old: Walkers, new: Walkers) -> tuple[Walkers, Array]:
-    """The rule of Metropolis: new walkers with probability min(1, exp(log_ratio)), and that probability."""
+def accept(rng: object, target: Target, log_ratio: Array, old: Walkers, new: Walkers) -> tuple[Walkers, Info]:
+    """The rule of Metropolis: new walkers with probability min(1, exp(log_ratio)), in a step that is reversible for the target."""
     backend = backend_of(log_ratio)
     xp = backend.xp
     log_ratio = xp.where(xp.isnan(log_ratio), -xp.inf, log_ratio)
     u = backend.uniform(rng, tuple(log_ratio.shape), like=log_ratio)
     taken = xp.log1p(-u) < log_ratio  # of a uniform number in (0, 1]
     chosen = tree.map(lambda a, b: xp.where(xp.reshape(taken, (-1,) + (1,) * (a.ndim - 1)), b, a), old, new)
-    return chosen, xp.exp(xp.clip(log_ratio, None, 0.0))
+    log_accept = xp.clip(log_ratio, None, 0.0)
+    # Where the other choice is certain, this one is never made, and its derivative would not be finite.
+    uncertain = log_accept < 0
+    log_reject = xp.log(-xp.expm1(xp.where(uncertain, log_accept, -xp.ones_like(log_accept))))
+    log_choice = xp.where(taken, log_accept, xp.where(uncertain, log_reject, xp.zeros_like(log_reject)))
+    return chosen, Info(target.log_prob(old) - target.log_prob(chosen), xp.exp(log_accept), log_choice)

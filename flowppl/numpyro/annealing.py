@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ def anneal(
     num_samples: int = 10_000,
     num_steps: int = 8,
     step_ess: float = 0.95,
+    checkpoint: str | os.PathLike[str] | None = None,
     init_loc_fn: Callable = init_to_median,
     progress_bar: bool = True,
     **kwargs: Any,
@@ -42,6 +44,7 @@ def anneal(
         num_steps: Leapfrog steps of HMC at each temperature.
         step_ess: The effective share of the particles that a step to the next temperature leaves: closer to one, more
             temperatures.
+        checkpoint: A file that keeps what is done: a run that was interrupted goes on from it, and ends alike.
         init_loc_fn: How each site starts.
         progress_bar: Whether to show how it goes.
         kwargs: The model's keyword arguments.
@@ -49,6 +52,7 @@ def anneal(
     Raises:
         UnsupportedModelError: the model has latents that a flow cannot cover, or angles.
         NonFiniteError: its log density is finite at no start.
+        CheckpointError: the checkpoint is of another run.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -70,6 +74,7 @@ def anneal(
             num_samples=num_samples,
             num_steps=num_steps,
             step_ess=step_ess,
+            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
             progress_bar=progress_bar,
         )
     posterior = AnnealedPosterior(view, found)

@@ -1,5 +1,26 @@
-"""Samplers with exact weights along paths of densities: annealing by importance sampling and by sequential Monte Carlo."""
+"""Samplers with exact weights along paths of densities: stochastic flows, annealed importance sampling, sequential Monte Carlo."""
 
-from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, tune
+from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, geometric, tune
+from flowppl.stochastic.diffusion import Diffusion
+from flowppl.stochastic.gradients import by_energy, by_layer, by_samples
+from flowppl.stochastic.moves import Moves
+from flowppl.stochastic.path import Path, Run, snf
+from flowppl.stochastic.training import train_path
 
-__all__ = ["Annealed", "Bridge", "Schedule", "anneal", "tune"]
+__all__ = [
+    "Annealed",
+    "Bridge",
+    "Diffusion",
+    "Moves",
+    "Path",
+    "Run",
+    "Schedule",
+    "anneal",
+    "by_energy",
+    "by_layer",
+    "by_samples",
+    "geometric",
+    "snf",
+    "train_path",
+    "tune",
+]

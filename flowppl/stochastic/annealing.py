@@ -12,7 +12,7 @@ import numpy as np
 
 from flowppl import tree, weights
 from flowppl.backend import Array, backend_of
-from flowppl.kernels import Info, Target, Walkers, bridge, init
+from flowppl.kernels import Info, Target, Walkers, init
 from flowppl.kernels.target import LogProb, is_possible
 
 Kernel = Callable[[Any, Target, Walkers, Array], tuple[Walkers, Info]]  # rng, target, walkers, step_size
@@ -20,22 +20,35 @@ _BISECTIONS = 30
 _GAIN = 1.0  # of the step size's logarithm, per step, times the error of the acceptance
 
 
+def geometric(beta: Array) -> Array:
+    """Powers of base and target: base^(1 - beta) target^beta."""
+    return backend_of(beta).xp.stack([1 - beta, beta])
+
+
 class Bridge(NamedTuple):
-    """The densities base^(1 - beta) p^beta between a base and a target.
+    """The densities between a base and a target.
 
     Attributes:
         sample: `sample(rng, n)` draws from the base, `(n, dim)`.
         log_base: Its log density, `(n, dim)` to `(n,)`, normalised.
         log_prob: Log density of the target, unnormalised.
+        powers: From beta, from zero to one, to the powers of both in the density there, `(2,)`.
+        attached: Whether derivatives flow through the dynamics of kernels; see `flowppl.kernels.Target`.
     """
 
     sample: Callable[[Any, int], Array]
     log_base: LogProb
     log_prob: LogProb
+    powers: Callable[[Array], Array] = geometric
+    attached: bool = False
 
     def at(self, beta: Array) -> Target:
         """The density at beta, what kernels take."""
-        return bridge(self.log_base, self.log_prob, beta)
+        return Target((self.log_base, self.log_prob), self.powers(beta), self.attached)
+
+    def step(self, walkers: Walkers, last: Array, beta: Array) -> Array:
+        """The log density at beta over that at the last one, `(n,)`."""
+        return walkers.log_probs @ (self.powers(beta) - self.powers(last))
 
 
 class Schedule(NamedTuple):
@@ -94,13 +107,13 @@ def anneal(
     def stage(carry: Any, row: tuple[Array, Array]) -> tuple[Any, Any]:
         (walkers, log_w, last, rng), (beta, step_size) = carry, row
         choice, move, rng = backend.split(rng, 3)
-        log_w = log_w + (beta - last) * _gap(walkers)
+        log_w = log_w + bridge.step(walkers, last, beta)
         ess = weights.ess(log_w) / n
         low = ess < resample_below
 
         def resampled(walkers: Walkers, log_w: Array) -> tuple[Walkers, Array]:
             at = weights.resample_systematic(choice, log_w)
-            return _taken(walkers, at), xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
+            return taken(walkers, at), xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
 
         if resample_below > 0:
             walkers, log_w = backend.cond(low, resampled, lambda *same: same, walkers, log_w)
@@ -160,21 +173,20 @@ def tune(
         return init(bridge.at(backend.asarray(0.0, like)), bridge.sample(rng, n))
 
     def advance(rng: Any, walkers: Walkers, last: Array, log_step: Array) -> tuple:
-        gap = _gap(walkers)
         choice, rng = backend.split(rng, 2)
 
         def halve(bounds: tuple[Array, Array], _: Array) -> tuple[tuple[Array, Array], Array]:
             low, high = bounds
             middle = 0.5 * (low + high)
-            enough = weights.ess((middle - last) * gap) >= step_ess * n
+            enough = weights.ess(bridge.step(walkers, last, middle)) >= step_ess * n
             return (xp.where(enough, middle, low), xp.where(enough, high, middle)), _
 
         one = xp.ones_like(last)
         most = xp.minimum(last + 1 / min_temperatures, one)
         bounds, _ = backend.scan(halve, (last, most), backend.asarray(xp.zeros(_BISECTIONS), like))
-        whole = weights.ess((most - last) * gap) >= step_ess * n
+        whole = weights.ess(bridge.step(walkers, last, most)) >= step_ess * n
         beta = xp.where(whole, most, xp.minimum(xp.maximum(bounds[0], last + 1 / max_temperatures), one))
-        walkers = _taken(walkers, weights.resample_systematic(choice, (beta - last) * gap))
+        walkers = taken(walkers, weights.resample_systematic(choice, bridge.step(walkers, last, beta)))
 
         def move(carry: tuple, _: Array) -> tuple[tuple, Array]:
             walkers, log_step, rng = carry
@@ -201,10 +213,6 @@ def tune(
     return Schedule(np.array(betas), np.array(step_sizes))
 
 
-def _gap(walkers: Walkers) -> Array:
-    """log p - log base, `(n,)`."""
-    return walkers.log_probs[:, 1] - walkers.log_probs[:, 0]
-
-
-def _taken(walkers: Walkers, at: Array) -> Walkers:
+def taken(walkers: Walkers, at: Array) -> Walkers:
+    """The walkers of these indices."""
     return tree.map(lambda a: a[at], walkers)

@@ -1,5 +1,10 @@
 """anneal: evidence and moments against closed forms, and what an annealed posterior can be asked."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -7,7 +12,8 @@ import pytest
 import torch
 
 from flowppl import flows
-from flowppl.errors import UnsupportedModelError
+from flowppl.checkpoint import Checkpoint
+from flowppl.errors import CheckpointError, UnsupportedModelError
 from flowppl.pyro import AnnealedPosterior, anneal, fit
 from tests import annealed
 from tests.annealed import BATCH, OPTIONS, RATE, SHAPE, WIDTH
@@ -76,3 +82,50 @@ def test_angles_are_an_error():
 
     with pytest.raises(UnsupportedModelError, match=r"'angle' is an angle.*use fit"):
         anneal(model, **OPTIONS)
+
+
+def test_an_interrupted_run_goes_on(posterior, tmp_path, monkeypatch):
+    """Stopped after the second of four islands, it makes the other two, and the draws are those of a run that nothing stopped."""
+    file, save, made = tmp_path / "state", Checkpoint.save, []
+
+    def stop(self, state, history):
+        save(self, state, history)
+        made.append(int(state["done"]))
+        if made == [1, 2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        anneal(regress, X, y=Y, checkpoint=file, **OPTIONS)
+    found = anneal(regress, X, y=Y, checkpoint=file, **OPTIONS)
+    assert made == [1, 2, 3, 4]
+    np.testing.assert_array_equal(found.log_weights, posterior.log_weights)
+    np.testing.assert_array_equal(found.annealing.log_z, posterior.annealing.log_z)
+    with pytest.raises(CheckpointError, match="seed differ"):
+        anneal(regress, X, y=Y, checkpoint=file, seed=1, **OPTIONS)
+
+
+SHARED = """
+import sys
+import numpy as np
+import torch
+from flowppl.pyro import anneal
+from tests.pyro.test_annealing import OPTIONS, X, Y, regress
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+found = anneal(regress, X, y=Y, **OPTIONS)
+np.save(f"{sys.argv[1]}/{torch.distributed.get_rank()}", found.annealing.log_z)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_islands(posterior, tmp_path):
+    """Two of them make the same draws as one, and both have all."""
+    script, root = tmp_path / "shared.py", Path(__file__).resolve().parents[2]
+    script.write_text(SHARED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([*torchrun, str(script), str(tmp_path)], check=True, env=env, timeout=250, cwd=root)
+    for rank in (0, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), posterior.annealing.log_z, rtol=1e-9)
