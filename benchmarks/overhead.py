@@ -19,7 +19,7 @@ import numpy as np
 
 from flowppl.backend import get_backend
 from flowppl.flows.bases import Normal
-from flowppl.kernels import hmc
+from flowppl.kernels import Known, hmc
 from flowppl.stochastic import Bridge, anneal
 
 ROWS, DIM, PARTICLES, TEMPERATURES, LEAPFROG = 351, 35, 500, 16, 8
@@ -38,7 +38,7 @@ def measured(name: str, rounds: int, temperatures: int = TEMPERATURES, particles
     def log_prob(x: Any) -> Any:
         return -xp.sum(backend.softplus(-(x @ data)), axis=-1) - 0.5 * xp.sum(x * x, axis=-1)
 
-    base = partial(Normal().log_prob, {})
+    base = Known(partial(Normal().log_prob, {}), partial(Normal().score, {}))
     bridge = Bridge(lambda rng, n: backend.normal(rng, (n, DIM), like=like), base, log_prob)
     betas = backend.asarray(xp.linspace(1 / temperatures, 1, temperatures), like)
     schedule = (betas, 0 * betas + 0.1)

@@ -18,7 +18,7 @@ from flowppl.errors import UnsupportedModelError
 from flowppl.fitting import Draws, Problem
 from flowppl.flows.affine_end import place
 from flowppl.flows.bases import Normal, StudentT
-from flowppl.kernels import hmc
+from flowppl.kernels import Known, hmc
 from flowppl.stochastic import Bridge, Schedule, anneal, tune
 from flowppl.training import seed_of
 
@@ -177,4 +177,4 @@ def _bridge(problem: Problem, variables: dict[str, Any]) -> Bridge:
     def sample(rng: Any, n: int) -> Array:
         return flow.base.sample(rng, base, (n, flow.dim), problem.like)
 
-    return Bridge(sample, partial(flow.base.log_prob, base), log_prob)
+    return Bridge(sample, Known(partial(flow.base.log_prob, base), partial(flow.base.score, base)), log_prob)

@@ -4,10 +4,11 @@ Each module has `step(rng, target, walkers, ...) -> (walkers, Info)`; `target.in
 """
 
 from flowppl.kernels import hmc, independence, langevin, mala, metropolis
-from flowppl.kernels.target import Info, Target, Walkers, init, target
+from flowppl.kernels.target import Info, Known, Target, Walkers, init, target
 
 __all__ = [
     "Info",
+    "Known",
     "Target",
     "Walkers",
     "hmc",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from flowppl import tree
@@ -12,6 +13,18 @@ LogProb = Callable[[Array], Array]
 _IMPOSSIBLE = -1e30  # in place of -inf, of which a power of zero would not be a number
 
 
+@dataclass(frozen=True)
+class Known:
+    """A log density whose gradient is known, as that of a base is: both take `(n, dim)`."""
+
+    log_prob: LogProb
+    score: Callable[[Array], Array]
+
+    def __call__(self, x: Array) -> Array:
+        """The log density, `(n,)`."""
+        return self.log_prob(x)
+
+
 class Target(NamedTuple):
     """The unnormalised density prod_k f_k(x)^power_k.
 
@@ -19,7 +32,7 @@ class Target(NamedTuple):
     another power, as of a temperature, needs no new evaluation.
 
     Attributes:
-        factors: Log densities, `(n, dim)` to `(n,)`.
+        factors: Log densities, `(n, dim)` to `(n,)`, `Known` where their gradients are.
         powers: `(k,)`.
         attached: Whether derivatives flow through what walkers know: second ones of the factors, where a step takes scores.
     """
@@ -93,7 +106,10 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
     if not with_scores:
         values = xp.stack([f(x) for f in target.factors], axis=-1)
         return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
-    found = [backend.value_and_score(f, x, target.attached) for f in target.factors]
+    found = [
+        (f(x), f.score(x)) if isinstance(f, Known) else backend.value_and_score(f, x, target.attached)
+        for f in target.factors
+    ]
     values, scores = xp.stack([value for value, _ in found], axis=-1), xp.stack([score for _, score in found], axis=1)
     fine = xp.isfinite(values) & xp.all(xp.isfinite(scores), axis=-1)
     return Walkers(x, xp.where(fine, values, _IMPOSSIBLE), xp.where(fine[..., None], scores, xp.zeros_like(scores)))
