@@ -17,6 +17,7 @@ BENCHMARKS = (
     "learning",
     "gain",
     "evidence",
+    "calibration",
 )
 
 if __name__ == "__main__":
