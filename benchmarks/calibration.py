@@ -214,7 +214,7 @@ def draw(rows: list[Row], path: Path) -> None:
             weights=np.full(len(column), 1 / expected),
             color="C0",
         )
-        axis.set(title=f"{name}\n{scalar}", ylim=(0, 2.2), yticks=[0, 1, 2], xticks=[0, DRAWS])
+        axis.set(title=f"{name}\n{scalar}", ylim=(0, 2.6), yticks=[0, 1, 2], xticks=[0, DRAWS])
         axis.title.set_fontsize(8)
         axis.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
