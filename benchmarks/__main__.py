@@ -19,6 +19,7 @@ BENCHMARKS = (
     "evidence",
     "double_well",
     "overhead",
+    "calibration",
 )
 
 if __name__ == "__main__":

@@ -203,7 +203,8 @@ def _run(
 
     # The density is whitened by the normal, so that step sizes mean the same for all posteriors.
     loc, scale = whitening(flow, *(_like(problem, a) for a in normal[:2]))
-    log_det = xp.sum(xp.log(xp.linalg.diagonal(scale)))
+    # Of shape (1,): a scalar is compiled in, even where jax makes constants arguments, and serves these data alone.
+    log_det = xp.sum(xp.log(xp.linalg.diagonal(scale)), keepdims=True)
     inverse = _like(problem, np.tril(np.linalg.inv(np.asarray(backend.to_numpy(scale), np.float64))))
 
     def whitened(w: Array) -> Array:

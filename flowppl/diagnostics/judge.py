@@ -170,5 +170,5 @@ def _advice(
     if own.reliable and 0.3 < blur < 1.5:
         return f"draw about {math.ceil(n * (blur / 0.2) ** 2 / 1000) * 1000} instead of {n}"
     if hmc and hmc.acceptance > 0.5 and hmc.persistence.max() < 0.5:
-        return "`FlowMC` or NUTS: HMC moves well here; or more layers and longer training"
+        return "NUTS: HMC moves well here; or more layers and longer training"
     return "`anneal`: HMC hardly moves here; or more layers, and NUTS to compare with"
