@@ -57,7 +57,7 @@ def register(name: str, flow: Flow, init: Callable[[Array], dict[str, Any]] | No
     no gradient, but an optimizer that decays weights would decay them too: mask "{name}$const" there.
     """
     init = flow.init if init is None else init
-    shapes = jax.eval_shape(flow.init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))
     site = lambda site: numpyro.param(site, lambda key: as_params(name, init(key))[site])
     values = {kind: site(f"{name}${kind}") if tree.leaves(shapes[kind]) else shapes[kind] for kind in shapes}
     const = tree.map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from torch import Tensor
 from flowppl.backend import backend_of
 from flowppl.errors import DimensionError, UnsupportedModelError
 from flowppl.plates import in_plates, needs_all, refuse_local, rows_at_a_time
-from flowppl.pyro.plates import chosen
+from flowppl.pyro.plates import apart, chosen
 from flowppl.pyro.sites import (
     Layout,
     Unconstrain,
@@ -116,6 +117,12 @@ class LogDensity:
             if self.plates:
                 raise needs_all(error, self.plates) from error
             raise
+
+    def given(self, *args: Any, **kwargs: Any) -> LogDensity:
+        """The log density of the same latents given other arguments of the model."""
+        new = copy.copy(self)
+        new._args, new._kwargs, new._terms = args, kwargs, getattr(new, self._terms.__name__)
+        return new
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Log density at u `(batch, dim)`, with the log-Jacobian of the constraints, `(batch,)`."""
@@ -222,7 +229,7 @@ class LogDensity:
 
     def _run(self, model: Callable, free: dict[str, Tensor], total: Callable[[Tensor], Tensor]) -> Terms:
         # Validation off: its checks branch on values, which vmap cannot, and raise where the density should be -inf.
-        with pyro.validation_enabled(False), poutine.block(), Unconstrain(free) as latents:
+        with pyro.validation_enabled(False), apart(), poutine.block(), Unconstrain(free) as latents:
             model = poutine.enum(model, first_available_dim=-2 - self._plates) if self._enumerates else model
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob()

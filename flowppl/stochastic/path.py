@@ -194,7 +194,9 @@ class Path(Configured):
         start, rng = backend_of(like).split(rng, 2)
         at = begin(bridge, bridge.sample(start, n), 0.0, self._scored(0))
         seen = []
-        for i, (layer, mine, (_, beta)) in enumerate(zip(self.layers, params["layers"], self.ends(params, like), strict=True)):
+        for i, (layer, mine, (_, beta)) in enumerate(
+            zip(self.layers, params["layers"], self.ends(params, like), strict=True)
+        ):
             if isinstance(layer, Bijection):
                 at = mapped(bridge, at, beta, *layer.forward(mine, at.walkers.x), self._scored(i + 1))
             else:
