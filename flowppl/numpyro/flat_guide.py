@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro import handlers
 from numpyro.distributions.transforms import UnpackTransform
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
@@ -64,7 +65,8 @@ class FlatGuide(ModelGuide, AutoContinuous):
             self._setup(rng_key, args, kwargs)
         self._require_prototype()
         try:
-            return super().sample_posterior(rng_key, params, sample_shape=sample_shape)
+            draw = handlers.substitute(handlers.seed(self._sample_latent, rng_key), params)
+            return self._unpack_and_constrain(draw(*args, sample_shape=sample_shape, **kwargs), params)
         except jax.errors.UnexpectedTracerError as error:
             raise RuntimeError(
                 "the guide has met its model's arguments only inside jax.jit: pass them to sample_posterior too"

@@ -65,7 +65,8 @@ class SNFDistribution(Distribution):
     """
 
     support = constraints.real_vector
-    reparametrized_params = ["variables", "loc", "scale_tril"]
+    arg_constraints: dict[str, Any] = {}
+    reparametrized_params: list[str] = []  # all of none: what is drawn is attached
     pytree_data_fields = ("variables", "loc", "scale_tril")
     pytree_aux_fields = ("path", "target", "gradient")
 
@@ -111,7 +112,7 @@ class SNFDistribution(Distribution):
         if not intermediates:
             raise PathDensityError(
                 "value: the density of a stochastic flow is an integral over paths, and known for a draw alone, by its path: use "
-                "sample_weighted, or sample_with_intermediates and its intermediates; masks of NumPyro drop these"
+                "sample_weighted, or give log_prob the intermediates of sample_with_intermediates, which masks of NumPyro drop"
             )
         return intermediates[0]
 
@@ -255,25 +256,6 @@ class AutoSNF(FlatGuide):
         """Finds a normal approximation and returns parameters that start there; see `AutoFlow.precondition`."""
         self.preconditioned = self._normal(rng, args, kwargs)
         return as_params(self._path_name, self._variables(rng))
-
-    def sample_posterior(
-        self, rng_key: Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
-    ) -> dict[str, Array]:
-        """Draws the latents, constrained, and the model's deterministic sites: `(*sample_shape, *shape)` by site.
-
-        Without weights: what the paths end at, which training brings close to the posterior. See `weighted`.
-
-        Args:
-            rng_key: A key.
-            params: The guide's parameters.
-            args: The model's arguments; none for those that the guide met first.
-            sample_shape: The shape of the draws.
-            kwargs: The model's keyword arguments.
-        """
-        if args or kwargs:
-            self._setup(rng_key, args, kwargs)
-        draws = self.get_posterior(params, *args, **kwargs).sample(rng_key, sample_shape)
-        return self._unpack_and_constrain(draws, params)
 
     def weighted(
         self, rng: Array, params: dict[str, Any], num_samples: int, *args: Any, **kwargs: Any
