@@ -212,7 +212,8 @@ class LogDensity:
             return x.reshape((n, *(1,) * (self._plates + site["fn"].event_dim - site["value"].dim()), *x.shape[1:]))
 
         free = {name: behind_plates(name, x) for name, x in self.unpack(u).items()}
-        plate = pyro.plate(_BATCH, n, dim=-self._plates - 1)
+        with poutine.block():  # a plate is a site, and this may be inside of a guide
+            plate = pyro.plate(_BATCH, n, dim=-self._plates - 1)
         log_prior, log_likelihood, values = self._run(plate(self._model), free, total)
         return log_prior, log_likelihood, {k: x.reshape((n, *self._sites[k]["value"].shape)) for k, x in values.items()}
 

@@ -13,7 +13,6 @@ from flowppl.bijections.base import Bijection, bind
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
 from flowppl.kernels.target import LogProb
-from flowppl.objectives.score import mean_of_others
 from flowppl.stochastic.path import UNADJUSTED, Moves, Path, Run, snf
 
 Layers = Path | Sequence[str | Recipe | Flow | Bijection | Moves]
@@ -173,8 +172,10 @@ def _run(
         return run
     backend = backend_of(run.log_w)
     xp = backend.xp
-    value = backend.stop(run.log_w)
-    signal = xp.where(xp.isfinite(value), value, xp.zeros_like(value)) - mean_of_others(value)
-    signal = xp.where(xp.isfinite(value), signal, xp.zeros_like(value))
+    known = xp.isfinite(run.log_w)
+    value = xp.where(known, backend.stop(run.log_w), xp.zeros_like(run.log_w))
+    weight = xp.astype(known, value.dtype)
+    others = (xp.sum(value) - value) / xp.clip(xp.sum(weight) - weight, 1.0, None)
+    signal = weight * (value - others)
     run = run._replace(log_w=run.log_w + signal * (run.log_choice - backend.stop(run.log_choice)))
     return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n])
