@@ -1,4 +1,4 @@
-"""Stochastic flows as guides, against the regression in closed form of `annealed`, and the derivative of decisions by quadrature."""
+"""Stochastic flows as guides against the regression of `annealed` in closed form, and the derivative of decisions by quadrature."""
 
 from __future__ import annotations
 

@@ -207,6 +207,8 @@ class AutoSNF(FlatGuide):
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """These arguments, or those that the guide met first where these leave open what those do not."""
         if not args and not kwargs:
+            if self._traced:
+                raise RuntimeError("the guide has met its model's arguments only inside jax.jit: pass them here too")
             return self._first
         sites = look(self.model, jax.random.key(0), args, kwargs).items()
         latents = {name for name, site in sites if is_latent(site) and site["infer"].get("enumerate") != "parallel"}

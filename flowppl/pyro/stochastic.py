@@ -63,7 +63,7 @@ class SNFDistribution(dist.TorchDistribution):
         (torch.Size([100, 2]), torch.Size([100]))
     """
 
-    arg_constraints = {}
+    arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
     has_rsample = True
 
