@@ -58,10 +58,10 @@ class Annealing(NamedTuple):
         return float(weights.log_mean_exp(self.log_z)), float(error)
 
 
-def refuse_angles(names: Iterable[str]) -> None:
+def refuse_angles(names: Iterable[str], why: str = "annealing starts from a flow of real vectors: use fit") -> None:
     """Raises an error that names the first of these sites, which are angles: HMC and a normal base go over real vectors."""
     for name in names:
-        raise UnsupportedModelError(f"{name!r} is an angle, and annealing starts from a flow of real vectors: use fit")
+        raise UnsupportedModelError(f"{name!r} is an angle, and {why}")
 
 
 def anneal_flow(

@@ -26,6 +26,10 @@ class UnsupportedFlowError(FlowpplError, ValueError):
     """A flow of another library is not one that guides and distributions over real vectors can take."""
 
 
+class PathDensityError(FlowpplError, NotImplementedError):
+    """The density of what a stochastic flow draws is an integral over paths, and was asked for at a value that it did not draw."""
+
+
 class SiteError(FlowpplError, ValueError):
     """A name is not that of a site which the model has, or which can be what it was named for."""
 

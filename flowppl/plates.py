@@ -104,6 +104,19 @@ def refuse_local(latents: Sites, plates: Sizes) -> None:
                 )
 
 
+def refuse_minibatches(plates: Sizes) -> None:
+    """Makes sure that a model sees all of its data.
+
+    Raises:
+        UnsupportedModelError: a plate subsamples.
+    """
+    for name, (size, subsample_size) in plates.items():
+        raise UnsupportedModelError(
+            f"plate {name!r} subsamples {subsample_size} of {size}, and every step of a path asks for the density of all of the "
+            "data: run the model on all of it (subsample_size=None), or use AutoFlow or fit"
+        )
+
+
 def needs_all(error: Exception, plates: Sizes) -> UnsupportedModelError:
     """The error of a model that fails where plates that subsample are given their full size."""
     return UnsupportedModelError(

@@ -49,11 +49,13 @@ def test_files_agree() -> None:
     [
         "AmortizedFlow",
         "AutoFlow",
+        "AutoSNF",
         "FlowDistribution",
         "FlowTransform",
         "LogDensity",
         "Objective",
         "PathELBO",
+        "SNFDistribution",
         "anneal",
         "fit",
         "flow_module",
@@ -76,6 +78,17 @@ def test_guide_methods_agree(name: str) -> None:
     assert ours - {"args"} == theirs - {"args"}
 
 
+@pytest.mark.parametrize("name", ["get_posterior", "precondition", "sample_posterior", "weighted"])
+def test_stochastic_guide_methods_agree(name: str) -> None:
+    ours, theirs = (set(_parameters(getattr(front.AutoSNF, name))) for front in _fronts())
+    assert ours - {"rng"} == theirs - {"rng"}
+
+
+def test_stochastic_distribution_methods_agree() -> None:
+    ours, theirs = (_parameters(front.SNFDistribution.sample_weighted) for front in _fronts())
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("name", ["log_prob", "predict", "to_arviz", "save", "load"])
 def test_posterior_methods_agree(name: str) -> None:
     ours, theirs = (_parameters(getattr(front.Posterior, name)) for front in _fronts())
@@ -91,7 +104,7 @@ def test_amortized_methods_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["log_prob", "minibatch", "num_nan", "value_and_score", "split", "unpack", "constrain"]
+    "name", ["log_prob", "given", "minibatch", "num_nan", "value_and_score", "split", "unpack", "constrain"]
 )
 def test_density_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.LogDensity, name))) for front in _fronts())

@@ -21,17 +21,20 @@ from flowppl.numpyro.modules import flow_module
 from flowppl.numpyro.objective import Objective, PathELBO
 from flowppl.numpyro.posterior import Posterior, fit
 from flowppl.numpyro.simulator import load_npe, npe
+from flowppl.numpyro.stochastic import AutoSNF, SNFDistribution
 
 __all__ = [
     "AmortizedFlow",
     "AnnealedPosterior",
     "AutoFlow",
+    "AutoSNF",
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
     "Objective",
     "PathELBO",
     "Posterior",
+    "SNFDistribution",
     "anneal",
     "fit",
     "flow_module",

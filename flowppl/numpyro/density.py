@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -79,13 +80,23 @@ class LogDensity:
         self._rows = rows_at_a_time((site for _, site in trace if "cond_indep_stack" in site), self.plates)
         self._local = [name for name, site in trace if site["type"] == "deterministic" and in_plates(site, self.plates)]
         self._observed = [name for name, site in trace if site["type"] == "sample" and site["is_observed"]]
+        self._potential_given = info.potential_fn
         self._potential = info.potential_fn(*args, **self._kwargs)
+        self._postprocess_given = info.postprocess_fn
         self._postprocess = handlers.seed(info.postprocess_fn(*args, **self._kwargs), key)
         self._layout = Layout(info.param_info.z)
         self.names = self._layout.names
         self.shapes = self._layout.shapes
         self.dim = self._layout.dim
         self.init = self._layout.pack(info.param_info.z)
+
+    def given(self, *args: Any, **kwargs: Any) -> LogDensity:
+        """The log density of the same latents given other arguments of the model, which may be traced."""
+        new = copy.copy(self)
+        vars(new).pop("_prior_potential", None)
+        new._args, new._kwargs, new._potential = args, kwargs, self._potential_given(*args, **kwargs)
+        new._postprocess = handlers.seed(self._postprocess_given(*args, **kwargs), self._key)
+        return new
 
     def log_prob(self, u: Array) -> Array:
         """Log density at u `(batch, dim)`, with the log-Jacobian of the constraints, `(batch,)`."""

@@ -6,12 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
 from numpyro.distributions.transforms import UnpackTransform
 from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.initialization import init_to_uniform
 
-from flowppl.errors import UnsupportedModelError
+from flowppl.errors import NonFiniteError, UnsupportedModelError
+from flowppl.laplace import NormalApproximation
+from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.model_guide import ModelGuide
+from flowppl.numpyro.precise import Precise
 from flowppl.numpyro.sites import Layout
+from flowppl.pathfinder import pathfinder
 
 Array = Any
 
@@ -38,7 +45,7 @@ class FlatGuide(ModelGuide, AutoContinuous):
             if "local latent variables" not in str(error):
                 raise
             raise UnsupportedModelError(
-                "AutoFlow covers all latents at once, but this model has latents inside a subsampled plate: give the "
+                f"{type(self).__name__} covers all latents at once, but this model has latents inside a subsampled plate: give the "
                 "plate its full size (subsample_size=None), or use AmortizedFlow, whose encoder covers local latents"
             ) from error
 
@@ -58,11 +65,26 @@ class FlatGuide(ModelGuide, AutoContinuous):
             self._setup(rng_key, args, kwargs)
         self._require_prototype()
         try:
-            return super().sample_posterior(rng_key, params, sample_shape=sample_shape)
+            draw = handlers.substitute(handlers.seed(self._sample_latent, rng_key), params)
+            return self._unpack_and_constrain(draw(*args, sample_shape=sample_shape, **kwargs), params)
         except jax.errors.UnexpectedTracerError as error:
             raise RuntimeError(
                 "the guide has met its model's arguments only inside jax.jit: pass them to sample_posterior too"
             ) from error
+
+    def _normal(self, rng: Array, args: tuple, kwargs: dict[str, Any]) -> NormalApproximation:
+        """A normal approximation of the posterior, by multi-path Pathfinder; see `AutoFlow.precondition`."""
+        self._setup_somewhere(rng, args, kwargs)
+        density = Precise(LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn))
+        return pathfinder(density, np.asarray(self._init_latent), np.asarray(jax.random.bits(rng, (4,))))
+
+    def _setup_somewhere(self, rng: Array, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Meets the model, from a random start where it has no density at the chosen one."""
+        try:
+            self._setup(rng, args, kwargs)
+        except NonFiniteError:
+            self.init_loc_fn = init_to_uniform
+            self._setup(rng, args, kwargs)
 
     def _unpack_and_constrain(self, latent_sample: Array, params: dict[str, Any]) -> dict[str, Array]:
         one = super()._unpack_and_constrain

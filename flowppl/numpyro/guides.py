@@ -10,24 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
-from numpyro.infer.initialization import init_to_median, init_to_uniform
+from numpyro.infer.initialization import init_to_median
 
 from flowppl import flows
-from flowppl.errors import DimensionError, FlowFileError, NonFiniteError
+from flowppl.errors import DimensionError, FlowFileError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import as_boxed, centred, place, with_affine_end
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
 from flowppl.numpyro.bases import FlowBase
-from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.distributions import FlowDistribution
 from flowppl.numpyro.files import restore
 from flowppl.numpyro.flat_guide import FlatGuide
 from flowppl.numpyro.modules import as_params, register
-from flowppl.numpyro.precise import Precise
 from flowppl.numpyro.sites import is_angle
 from flowppl.objectives import check_gradient
-from flowppl.pathfinder import pathfinder
 
 Array = Any
 _QUANTILE_DRAWS = 10_000
@@ -131,18 +128,8 @@ class AutoFlow(FlatGuide):
         Raises:
             NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
-        self._setup_somewhere(rng, args, kwargs)
-        density = Precise(LogDensity(self.model, args, kwargs, rng=rng, init_loc_fn=self.init_loc_fn))
-        self.preconditioned = pathfinder(density, np.asarray(self._init_latent), np.asarray(jax.random.bits(rng, (4,))))
+        self.preconditioned = self._normal(rng, args, kwargs)
         return as_params(self._flow_name, self._variables(rng))
-
-    def _setup_somewhere(self, rng: Array, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Meets the model, from a random start where it has no density at the chosen one."""
-        try:
-            self._setup(rng, args, kwargs)
-        except NonFiniteError:
-            self.init_loc_fn = init_to_uniform
-            self._setup(rng, args, kwargs)
 
     def median(self, params: dict[str, Any]) -> dict[str, Array]:
         """The median of each unconstrained coordinate, from draws, constrained: values by site."""

@@ -13,6 +13,7 @@ from flowppl import tree
 from flowppl.flows import Flow, Recipe
 from flowppl.flows.registry import resolve
 from flowppl.numpyro.distributions import FlowDistribution
+from flowppl.stochastic import Path
 
 Array = Any
 
@@ -50,14 +51,14 @@ def flow_module(
     return FlowDistribution(flow, register(name, flow), context, gradient=gradient)
 
 
-def register(name: str, flow: Flow, init: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Param sites for a flow's arrays, drawn by `init(key)` (default: the flow's own).
+def register(name: str, flow: Flow | Path, init: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Param sites for the arrays of a flow or a path, drawn by `init(key)` (default: the flow's own).
 
     NumPyro's optimizers differentiate every param, which integers do not survive: constants travel as floats. They get
     no gradient, but an optimizer that decays weights would decay them too: mask "{name}$const" there.
     """
     init = flow.init if init is None else init
-    shapes = jax.eval_shape(flow.init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))
     site = lambda site: numpyro.param(site, lambda key: as_params(name, init(key))[site])
     values = {kind: site(f"{name}${kind}") if tree.leaves(shapes[kind]) else shapes[kind] for kind in shapes}
     const = tree.map(

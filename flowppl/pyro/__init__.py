@@ -20,18 +20,21 @@ from flowppl.pyro.modules import flow_module
 from flowppl.pyro.objective import Objective, PathELBO
 from flowppl.pyro.posterior import Posterior, fit
 from flowppl.pyro.simulator import load_npe, npe
+from flowppl.pyro.stochastic import AutoSNF, SNFDistribution
 from flowppl.pyro.zuko import from_zuko
 
 __all__ = [
     "AmortizedFlow",
     "AnnealedPosterior",
     "AutoFlow",
+    "AutoSNF",
     "FlowDistribution",
     "FlowTransform",
     "LogDensity",
     "Objective",
     "PathELBO",
     "Posterior",
+    "SNFDistribution",
     "anneal",
     "fit",
     "flow_module",

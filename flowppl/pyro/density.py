@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from torch import Tensor
 from flowppl.backend import backend_of
 from flowppl.errors import DimensionError, UnsupportedModelError
 from flowppl.plates import in_plates, needs_all, refuse_local, rows_at_a_time
-from flowppl.pyro.plates import chosen
+from flowppl.pyro.plates import apart, chosen
 from flowppl.pyro.sites import (
     Layout,
     Unconstrain,
@@ -117,6 +118,12 @@ class LogDensity:
                 raise needs_all(error, self.plates) from error
             raise
 
+    def given(self, *args: Any, **kwargs: Any) -> LogDensity:
+        """The log density of the same latents given other arguments of the model."""
+        new = copy.copy(self)
+        new._args, new._kwargs, new._terms = args, kwargs, getattr(new, self._terms.__name__)
+        return new
+
     def log_prob(self, u: Tensor) -> Tensor:
         """Log density at u `(batch, dim)`, with the log-Jacobian of the constraints, `(batch,)`."""
         return _finite(self._raw(u))
@@ -205,7 +212,8 @@ class LogDensity:
             return x.reshape((n, *(1,) * (self._plates + site["fn"].event_dim - site["value"].dim()), *x.shape[1:]))
 
         free = {name: behind_plates(name, x) for name, x in self.unpack(u).items()}
-        plate = pyro.plate(_BATCH, n, dim=-self._plates - 1)
+        with poutine.block():  # a plate is a site, and this may be inside of a guide
+            plate = pyro.plate(_BATCH, n, dim=-self._plates - 1)
         log_prior, log_likelihood, values = self._run(plate(self._model), free, total)
         return log_prior, log_likelihood, {k: x.reshape((n, *self._sites[k]["value"].shape)) for k, x in values.items()}
 
@@ -222,7 +230,7 @@ class LogDensity:
 
     def _run(self, model: Callable, free: dict[str, Tensor], total: Callable[[Tensor], Tensor]) -> Terms:
         # Validation off: its checks branch on values, which vmap cannot, and raise where the density should be -inf.
-        with pyro.validation_enabled(False), poutine.block(), Unconstrain(free) as latents:
+        with pyro.validation_enabled(False), apart(), poutine.block(), Unconstrain(free) as latents:
             model = poutine.enum(model, first_available_dim=-2 - self._plates) if self._enumerates else model
             trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob()

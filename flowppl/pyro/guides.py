@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
-from flowppl import flows, tree
+from flowppl import flows
 from flowppl.errors import DimensionError, FlowFileError, UnsupportedModelError
 from flowppl.flows import Flow, Recipe, files
 from flowppl.flows.affine_end import as_boxed, centred, has_angles, place, with_affine_end
@@ -19,13 +19,10 @@ from flowppl.flows.flow import part_of
 from flowppl.flows.registry import over_latents
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives import check_gradient
-from flowppl.pathfinder import one_turn, pathfinder
 from flowppl.pyro.bases import FlowBase
 from flowppl.pyro.distributions import FlowDistribution, FlowTransform
 from flowppl.pyro.flat_guide import FlatGuide
 from flowppl.pyro.modules import FlowParameters, template
-from flowppl.pyro.precise import Precise
-from flowppl.pyro.sites import is_angle
 
 _QUANTILE_DRAWS = 10_000
 
@@ -93,19 +90,8 @@ class AutoFlow(FlatGuide):
         scale_tril = self._init_scale * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         self.flow_parameters = FlowParameters(place(self._flow, self._flow.init(None, loc), loc, scale_tril))
 
-    @property
-    def _angles(self) -> list[bool]:
-        """Whether each site is one of angles."""
-        return [is_angle(self.prototype_trace.nodes[name]["fn"]) for name in self._layout.names]
-
     def _variables(self) -> dict[str, Any]:
         return self._variables_in("flow_parameters")
-
-    @torch.no_grad()
-    def _assign(self, variables: dict[str, Any]) -> None:
-        """Overwrites the arrays in place: optimizers and the param store hold on to them."""
-        for old, new in zip(tree.leaves(self._variables()), tree.leaves(variables), strict=True):
-            old.copy_(new)
 
     def get_base_dist(self) -> FlowBase:
         """The flow's base density over the flat latents."""
@@ -150,14 +136,8 @@ class AutoFlow(FlatGuide):
         Raises:
             NonFiniteError: the model's log density or gradient is finite neither at the start nor at random ones.
         """
-        self.setup(*args, **kwargs)
-        start = self._layout.start
-        model, init_loc_fn = self._require_source()
-        density = Precise(model, args, kwargs, rng=rng, init_loc_fn=init_loc_fn)
-        seed = int(torch.randint(2**62, (), generator=rng, device=None if rng is None else rng.device))
-        at = start.double().cpu().numpy()
-        self.preconditioned = pathfinder(one_turn(density, np.repeat(self._angles, self._layout.sizes), at), at, seed)
-        loc, scale_tril = (torch.as_tensor(a).to(start) for a in self.preconditioned[:2])
+        self.preconditioned = self._normal(rng, args, kwargs)
+        loc, scale_tril = (torch.as_tensor(a).to(self._layout.start) for a in self.preconditioned[:2])
         self._assign(place(self._flow, self._variables(), loc, scale_tril))
         return self
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
@@ -135,3 +136,17 @@ def chosen(indices: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, tu
         yield found
     finally:
         SubsampleMessenger._subsample = staticmethod(before)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, plates and enumerated sites have all dimensions to themselves, though the run is one inside of another's plates."""
+    plates, enumerated = runtime._DIM_ALLOCATOR, vars(runtime._ENUM_ALLOCATOR)
+    stack, state = plates._stack, dict(enumerated)
+    plates._stack = []
+    try:
+        yield
+    finally:
+        plates._stack = stack
+        enumerated.clear()
+        enumerated.update(state)
