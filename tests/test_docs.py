@@ -45,6 +45,13 @@ def test_stochastic(tmp_path: Path) -> None:
     _run(script, tmp_path, steps=600)
 
 
+@pytest.mark.parametrize("front", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
+def test_stochastic_guides(front: str, tmp_path: Path) -> None:
+    pytest.importorskip(front)
+    (script,) = _blocks("docs/stochastic.md", front)
+    _run(script, tmp_path, steps=150)
+
+
 @pytest.mark.parametrize(("front", "library"), [("numpyro", "flowjax"), ("pyro", "zuko")])
 def test_other_libraries(front: str, library: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
