@@ -17,6 +17,7 @@ BENCHMARKS = (
     "learning",
     "gain",
     "evidence",
+    "samplers",
 )
 
 if __name__ == "__main__":
