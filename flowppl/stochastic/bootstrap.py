@@ -108,8 +108,8 @@ def gradient(
 ) -> tuple[tuple[Array, Array], dict[str, Any]]:
     """The gradient of -mean(w log q(x)) in the flow's params: for x from p^2 / q, the direction of that of E_p[p / q].
 
-    Were q the flow that x was drawn for, w would be one, since the gradient of the integral of p^2 / q is -integral (p^2 / q) d log q.
-    As the flow moves on, w = (p^2 / q_now) / (p^2 / q) corrects for that; it is cut off at 10.
+    Were q still the flow that x was drawn for, w would be one: the gradient of the integral of p^2 / q is that of (p^2 / q) times
+    -d log q. As the flow moves on, w = (p^2 / q_now) / (p^2 / q) corrects for that; it is cut off at 10.
 
     Args:
         flow: q.
@@ -157,8 +157,8 @@ def bootstrap(
     differ much should be given in coordinates where they do not.
 
     Args:
-        flow: q. Its inverse is called for all the time: couplings have a fast one ("nsf", "realnvp").
-        variables: Where to start, best as wide as the target. Modes of p that the annealing does not reach from there are not found.
+        flow: q. Most of the work is its density of given points: couplings ("nsf", "realnvp") and "maf" have a fast one.
+        variables: Where to start, best as wide as the target: modes that annealing does not reach from there are not found.
         log_prob: Log density of the target, unnormalised: `(n, dim)` to `(n,)`.
         seed: Of everything.
         num_steps: Gradient steps.
@@ -224,9 +224,7 @@ def bootstrap(
         log_steps = state.log_steps + _GAIN * (found.acceptance - acceptance)
 
         chosen = buffer.draw(second, n * num_updates)
-        rows = tuple(
-            xp.reshape(a, (num_updates, n, *a.shape[1:])) for a in (buffer.x[chosen], buffer.log_q[chosen])
-        )
+        rows = tuple(xp.reshape(a, (num_updates, n, *a.shape[1:])) for a in (buffer.x[chosen], buffer.log_q[chosen]))
 
         def update(carry: tuple, row: tuple[Array, Array]) -> tuple[tuple, tuple]:
             params, inner = carry
