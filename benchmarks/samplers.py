@@ -6,7 +6,8 @@ The protocol is that of Midgley et al. 2023 (arXiv:2208.01893): the mean of |log
 standard error over seeds of training. Each seed is a process of its own, so that seconds, of all threads, hold compilation;
 float32, on the CPU. All samplers start from N(0, I) in coordinates that are divided by the target's rough width, and know nothing
 else. Flows are trained by `bootstrap`, whose buffer starts with four runs of the sequential Monte Carlo. The ESS of a flow's own
-draws is blind to what the flow misses; the forward one, Z / E_p[w] from exact draws, is not, and nor is EUBO - ELBO.
+draws is blind to what the flow misses; the forward one, Z / E_p[w] from exact draws, is not, and nor is EUBO - ELBO. That of sequential
+Monte Carlo counts weights since particles were last resampled.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ TRAINING: dict[str, tuple[flows.Recipe, dict[str, Any]]] = {
     "nine": (flows.nsf(layers=6, bins=16), {"num_steps": 6000, "num_particles": 512}),
     "forty": (flows.affine(base=flows.Mixture(256, 1.0)), {"num_steps": 3000, "learning_rate": 1e-2}),
 }
-LEAPFROG, START, TEMPERATURES = 8, 4, 8
+LEAPFROG, START, TEMPERATURES = 8, 4, 4
 
 
 def line(options: argparse.Namespace) -> list[dict[str, Any]]:

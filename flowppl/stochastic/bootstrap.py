@@ -22,7 +22,7 @@ from flowppl.stochastic.annealing import Bridge, Kernel, anneal
 _CLIP = 10.0  # the largest correction of a draw's weight
 _NORM = 100.0  # the largest norm of a gradient
 _WARMUP = 0.05  # of the steps, while the buffer fills
-_GAIN = 0.2  # of the step sizes' logarithms, per pass, times the error of the acceptance
+_GAIN = 0.5  # of the step sizes' logarithms, per pass, times the error of the acceptance
 _PASSES = 50  # in one call of a compiled function
 
 
