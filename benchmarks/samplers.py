@@ -6,8 +6,8 @@ The protocol is that of Midgley et al. 2023 (arXiv:2208.01893): the mean of |log
 standard error over seeds of training. Each seed is a process of its own, so that seconds, of all threads, hold compilation;
 float32, on the CPU. All samplers start from N(0, I) in coordinates that are divided by the target's rough width, and know nothing
 else. Flows are trained by `bootstrap`, whose buffer starts with four runs of the sequential Monte Carlo. The ESS of a flow's own
-draws is blind to what the flow misses; the forward one, Z / E_p[w] from exact draws, is not, and nor is EUBO - ELBO. That of sequential
-Monte Carlo counts weights since particles were last resampled.
+draws is blind to what the flow misses; the forward one, Z / E_p[w] from exact draws, is not, and nor is EUBO - ELBO. That of
+sequential Monte Carlo counts weights since particles were last resampled.
 """
 
 from __future__ import annotations
