@@ -20,6 +20,7 @@ BENCHMARKS = (
     "double_well",
     "overhead",
     "calibration",
+    "samplers",
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Samplers with exact weights along paths of densities: stochastic flows, annealed importance sampling, sequential Monte Carlo."""
 
 from flowppl.stochastic.annealing import Annealed, Bridge, Schedule, anneal, geometric, tune
+from flowppl.stochastic.bootstrap import History, bootstrap
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.gradients import by_energy, by_layer, by_samples
 from flowppl.stochastic.moves import Moves
@@ -11,11 +12,13 @@ __all__ = [
     "Annealed",
     "Bridge",
     "Diffusion",
+    "History",
     "Moves",
     "Path",
     "Run",
     "Schedule",
     "anneal",
+    "bootstrap",
     "by_energy",
     "by_layer",
     "by_samples",
