@@ -41,8 +41,9 @@ def test_getting_started(front: str, tmp_path: Path) -> None:
 
 def test_stochastic(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    (script,) = re.findall(r"^```python\n(.*?)```", _text("docs/stochastic.md"), re.DOTALL | re.MULTILINE)
-    _run(script, tmp_path, steps=600)
+    scripts = re.findall(r"^```python\n(.*?)```", _text("docs/stochastic.md"), re.DOTALL | re.MULTILINE)
+    for script, steps in zip(scripts, (600, 800), strict=True):
+        _run(script, tmp_path, steps)
 
 
 @pytest.mark.parametrize("front", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
