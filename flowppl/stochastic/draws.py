@@ -15,7 +15,7 @@ from flowppl.flows import Flow, Recipe
 from flowppl.kernels.target import LogProb
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.moves import UNADJUSTED, Moves
-from flowppl.stochastic.path import Path, Run, snf
+from flowppl.stochastic.path import Path, Run, snf, with_decisions
 
 Layers = Path | Sequence[str | Recipe | Flow | Bijection | Diffusion | Moves]
 GRADIENTS = ("reparam", "score")
@@ -172,12 +172,5 @@ def _run(
     run = run._replace(x=out(run.x))
     if not scored:
         return run
-    backend = backend_of(run.log_w)
-    xp = backend.xp
-    known = xp.isfinite(run.log_w)
-    value = xp.where(known, backend.stop(run.log_w), xp.zeros_like(run.log_w))
-    weight = xp.astype(known, value.dtype)
-    others = (xp.sum(value) - value) / xp.clip(xp.sum(weight) - weight, 1.0, None)
-    signal = weight * (value - others)
-    run = run._replace(log_w=run.log_w + signal * (run.log_choice - backend.stop(run.log_choice)))
+    run = with_decisions(run)
     return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n])

@@ -12,7 +12,7 @@ from flowppl.kernels import init
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.objectives.reverse_kl import Estimate
 from flowppl.stochastic.moves import UNADJUSTED, Moves
-from flowppl.stochastic.path import Path, Run
+from flowppl.stochastic.path import Path, Run, with_decisions
 from flowppl.stochastic.walk import At, begin, mapped, moved, resampled, there, to
 
 _RESAMPLE_BELOW = 0.5
@@ -49,13 +49,8 @@ def by_energy(
 
     def loss(params: Any) -> tuple[Array, Run]:
         run = path.forward(rng, {**variables, "params": params}, log_prob, n, attached=True)
-        log_w, fine, count = _finite(run)
-        value = -backend.xp.sum(log_w) / count
-        if decisions:
-            others = (backend.xp.sum(log_w) - log_w) / backend.xp.maximum(count - 1, backend.xp.ones_like(count))
-            scores = backend.stop(others - log_w) * run.log_choice
-            value = value + backend.xp.sum(backend.xp.where(fine, scores, backend.xp.zeros_like(scores))) / count
-        return value, run
+        log_w, count = _finite(with_decisions(run) if decisions else run)
+        return -backend.xp.sum(log_w) / count, run
 
     (_, run), grads = backend.value_and_grad(loss, variables["params"], has_aux=True)
     return _estimate(run, 1.0), _led(path, grads, run.acceptance, [m for m in _ACCEPTANCE if m not in UNADJUSTED])
@@ -71,7 +66,7 @@ def by_samples(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: An
 
     def loss(params: Any) -> tuple[Array, Run]:
         run = path.backward(rng, {**variables, "params": params}, log_prob, x, attached=True)
-        log_w, _, count = _finite(run)
+        log_w, count = _finite(run)
         return backend.xp.sum(log_w) / count, run
 
     (_, run), grads = backend.value_and_grad(loss, variables["params"], has_aux=True)
@@ -148,21 +143,20 @@ def _transported(layer: Bijection, params: Any, const: Any, bridge: Any, at: At,
     return At(walkers, log_w, beta, at.log_choice), xp.sum(share * gap * gap), grads
 
 
-def _finite(run: Run) -> tuple[Array, Array, Array]:
-    """Log-weights, zero where they are not finite, where they are, and how many."""
+def _finite(run: Run) -> tuple[Array, Array]:
+    """Log-weights, zero where they are not finite, and how many are."""
     xp = backend_of(run.log_w).xp
     fine = xp.isfinite(run.log_w)
     count = xp.sum(xp.astype(fine, run.log_w.dtype))
-    return xp.where(fine, run.log_w, xp.zeros_like(run.log_w)), fine, xp.maximum(count, xp.ones_like(count))
+    return xp.where(fine, run.log_w, xp.zeros_like(run.log_w)), xp.maximum(count, xp.ones_like(count))
 
 
 def _estimate(run: Run, sign: float) -> Estimate:
-    backend = backend_of(run.log_w)
-    log_w, fine, count = _finite(backend.stop(run))
-    zero = backend.xp.zeros_like(count)
-    return Estimate(
-        sign * backend.xp.sum(log_w) / count, zero, 1 - backend.xp.mean(backend.xp.astype(fine, log_w.dtype)), zero
-    )
+    xp = backend_of(run.log_w).xp
+    log_w, count = _finite(backend_of(run.log_w).stop(run))
+    zero = xp.zeros_like(count)
+    lost = 1 - xp.mean(xp.astype(xp.isfinite(run.log_w), log_w.dtype))
+    return Estimate(sign * xp.sum(log_w) / count, zero, lost, zero)
 
 
 def _led(path: Path, grads: Any, acceptance: Array, kernels: Any) -> Any:

@@ -45,6 +45,21 @@ class Run(NamedTuple):
     acceptance: Array
 
 
+def with_decisions(run: Run) -> Run:
+    """The run with the derivative that decisions lack in its log-weights, whose values stay.
+
+    That of the mean is E (log_w - baseline) d log_choice, with the mean of the other paths as each one's baseline.
+    """
+    backend = backend_of(run.log_w)
+    xp = backend.xp
+    known = xp.isfinite(run.log_w)
+    value = xp.where(known, backend.stop(run.log_w), xp.zeros_like(run.log_w))
+    weight = xp.astype(known, value.dtype)
+    others = (xp.sum(value) - value) / xp.clip(xp.sum(weight) - weight, 1.0, None)
+    signal = weight * (value - others)
+    return run._replace(log_w=run.log_w + signal * (run.log_choice - backend.stop(run.log_choice)))
+
+
 @dataclass(frozen=True)
 class Path(Configured):
     """A base, and layers that take it to a target: maps between densities, and moves that leave one of them alone.
