@@ -40,7 +40,7 @@ def anneal(
         args: Its positional arguments.
         start: A `Posterior` of `fit`, of the same model, whose flow to start from; None for a normal, by Pathfinder.
         seed: Of everything.
-        num_samples: Number of weighted draws, made by islands of 500.
+        num_samples: Number of weighted draws, made by islands of 500, which all local devices share.
         num_steps: Leapfrog steps of HMC at each temperature.
         step_ess: The effective share of the particles that a step to the next temperature leaves: closer to one, more
             temperatures.
