@@ -106,13 +106,6 @@ def anneal_flow(
     variables = backend.stop(variables)
     bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
     islands = -(-num_samples // _ISLAND)
-    task = {
-        "flow": describe(flow),
-        "seed": seed,
-        "num_samples": num_samples,
-        "num_steps": num_steps,
-        "step_ess": step_ess,
-    }
 
     def runs(f: Callable[[Any], Any], stream: int, start: int = 0) -> Iterator[list[np.ndarray]]:
         """What f gives for random numbers of each island."""
@@ -149,7 +142,11 @@ def anneal_flow(
 
         shapes = [(_ISLAND, flow.dim), (_ISLAND,), *[schedule.betas.shape] * 3]
         found = [np.zeros((islands, *shape)) for shape in shapes]
-        memory = checkpoint and Checkpoint(checkpoint, {**task, "betas": [float(f"{b:.3g}") for b in schedule.betas]})
+        start = together(*(np.stack(a) for a in zip(*runs(first, _BASE), strict=True)))
+        # The start stands for model and data, whose schedules may be alike.
+        data = [f"{a[np.isfinite(a)].mean():.9g}" for a in start]
+        task = {"flow": describe(flow), "seed": seed, "num_samples": num_samples, "num_steps": num_steps}
+        memory = checkpoint and Checkpoint(checkpoint, {**task, "step_ess": step_ess, "data": data})
         done = 0
         if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
             done, found = int(state[0]["done"]), state[0]["found"]
@@ -161,7 +158,6 @@ def anneal_flow(
                 memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
             bar.update()
     x, log_w, *seen = found
-    start = together(*(np.stack(a) for a in zip(*runs(first, _BASE), strict=True)))
     log_z = weights.log_mean_exp(log_w)
     return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -85,9 +85,17 @@ class SNFDistribution(Distribution):
         self.loc, self.scale_tril, self.gradient = loc, scale_tril, check_gradient(gradient)
         super().__init__((), (path.dim,), validate_args=validate_args)
 
+    @cached_property
+    def _compiled(self) -> Callable:
+        """Draws, compiled once: op by op they would take far longer."""
+
+        def drawn(rng: Array, variables: Any, n: int, loc: Any, scale_tril: Any) -> Any:
+            return draw(rng, self.path, variables, self.target, n, loc, scale_tril, gradient=self.gradient)
+
+        return jax.jit(drawn, static_argnums=2)
+
     def _draw(self, rng: Array, n: int) -> Any:
-        at = (self.path, self.variables, self.target, n, self.loc, self.scale_tril)
-        return jax.jit(lambda rng: draw(rng, *at, gradient=self.gradient))(rng)  # op by op it would take far longer
+        return self._compiled(rng, self.variables, n, self.loc, self.scale_tril)
 
     def sample_weighted(self, rng: Array, n: int) -> tuple[Array, Array]:
         """Draws `(n, d)` with the log-weights of their paths `(n,)`: the mean weight estimates the target's integral, unbiased.

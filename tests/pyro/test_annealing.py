@@ -103,6 +103,8 @@ def test_an_interrupted_run_goes_on(posterior, tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.annealing.log_z, posterior.annealing.log_z)
     with pytest.raises(CheckpointError, match="seed differ"):
         anneal(regress, X, y=Y, checkpoint=file, seed=1, **OPTIONS)
+    with pytest.raises(CheckpointError, match="data differ"):  # even where the schedule is the same
+        anneal(regress, X, y=Y + 0.01, checkpoint=file, **OPTIONS)
 
 
 SHARED = """
