@@ -12,7 +12,7 @@ from flowppl.kernels import init
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.objectives.reverse_kl import Estimate
 from flowppl.stochastic.moves import UNADJUSTED, Moves
-from flowppl.stochastic.path import Path, Run, with_decisions
+from flowppl.stochastic.path import Path, Run, finished, with_decisions
 from flowppl.stochastic.walk import At, begin, mapped, moved, resampled, there, to
 
 _RESAMPLE_BELOW = 0.5
@@ -108,12 +108,10 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
         if isinstance(layer, Moves):
             at = resampled(choice, to(bridge, at, beta), _RESAMPLE_BELOW)
             at, info = backend.stop(moved(key, bridge, at, layer, fixed))
-            seen.append(xp.mean(info.acceptance))
+            seen.append(info)
         else:
             at = backend.stop(mapped(bridge, at, beta, *there(layer, key, fixed, at.walkers.x), True))
-    at = to(bridge, at, xp.ones_like(at.beta))
-    log_w = xp.where(is_possible(at.walkers.log_probs) & ~xp.isnan(at.log_w), at.log_w, -xp.inf)
-    run = Run(at.walkers.x, log_w, at.log_choice, xp.stack(seen) if seen else log_w[:0])
+    run = finished(to(bridge, at, xp.ones_like(at.beta)), seen)
     zeros = tree.map(xp.zeros_like, backend.stop(variables["params"]))
     whole = _led(path, {**zeros, "layers": tuple(grads)}, run.acceptance, _ACCEPTANCE)
     return _estimate(run, 1.0)._replace(fisher=fisher), whole

@@ -176,7 +176,7 @@ class Path(Configured):
                 seen.append(info)
             else:
                 at = mapped(bridge, at, beta, *there(layer, key, mine, at.walkers.x), self._scored(i + 1))
-        return _run(to(bridge, at, backend_of(like).asarray(1.0, like)), seen)
+        return finished(to(bridge, at, backend_of(like).asarray(1.0, like)), seen)
 
     def backward(self, rng: Any, variables: dict[str, Any], log_prob: LogProb, x: Array, **options: Any) -> Run:
         """Draws paths back from points of the target `(n, dim)` to the base; see `forward`."""
@@ -193,7 +193,7 @@ class Path(Configured):
                 seen.insert(0, info)
             else:
                 at = mapped(bridge, at, before, *back(layer, key, mine, at.walkers.x), self._scored(i - 1, -1))
-        run = _run(to(bridge, at, backend.asarray(0.0, x)), seen)
+        run = finished(to(bridge, at, backend.asarray(0.0, x)), seen)
         return run._replace(log_w=-run.log_w)
 
     def _scored(self, i: int, step: int = 1) -> bool:
@@ -205,7 +205,8 @@ class Path(Configured):
         return False
 
 
-def _run(at: At, seen: list[Info]) -> Run:
+def finished(at: At, seen: list[Info]) -> Run:
+    """Paths at their end, with what was seen of the moves; those that led nowhere have no weight."""
     xp = backend_of(at.log_w).xp
     fine = is_possible(at.walkers.log_probs) & ~xp.isnan(at.log_w)
     log_w = xp.where(fine, at.log_w, -xp.inf)
