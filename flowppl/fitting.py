@@ -30,7 +30,8 @@ _SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
 _WIDE = 10  # one draw of so many reaches further
 _HEAVY = 0.4  # k-hat above which training goes on with the tails in view
-_COVERING = annealed(chunks=4, level=0.2)  # the step sizes then
+_COVERING = [annealed(chunks=4, level=level) for level in (0.2, 0.05)]  # then; the second if the first fail
+_PRICE = 0.5  # the share of the effective sample size that a lighter tail of the weights may cost
 _DRAWS, _COVER = 1, 2  # streams of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
 _NEGLIGIBLE = 0.02  # the share of the posterior's mass that may be missed
@@ -222,22 +223,25 @@ def _run(
     after = draw(rescaled(flow, trained, loc, scale))
     if not _elbo(after) >= _elbo(before):
         return Fit(start, before, [], history, before)
-    enough = options.max_steps >= 2 * len(_COVERING) * options.chunk
+    enough = options.max_steps >= 2 * len(_COVERING[0]) * options.chunk
     if isinstance(flow.base, Normal) and not minibatches and enough and _evidence(after).khat > _HEAVY:
 
         def cover(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
             return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
 
-        memory = memory and memory.beside("tails")
-
         def seen(more: Sequence[Record]) -> None:
             progress([*history, *more])
 
-        covered, more = train(cover, trained, seed_of(seed, _COVER), options, memory, seen, _COVERING)
-        reaching = draw(rescaled(flow, covered, loc, scale))
-        history = history + more
-        if _evidence(reaching).khat < _evidence(after).khat and _elbo(reaching) >= _elbo(before):
-            trained, after = covered, reaching
+        for moves in _COVERING:
+            name = f"tails-{moves[0].level:g}"
+            covered, more = train(
+                cover, trained, seed_of(seed, _COVER), options, memory and memory.beside(name), seen, moves
+            )
+            history = history + more
+            reaching = draw(rescaled(flow, covered, loc, scale))
+            if _lighter(reaching, after) and _elbo(reaching) >= _elbo(before):
+                trained, after = covered, reaching
+                break
     return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
 
 
@@ -271,6 +275,12 @@ def _like(problem: Problem, a: np.ndarray) -> Array:
 def _evidence(draws: Draws) -> Evidence:
     log_w = draws[1]
     return evidence(np.where(np.isnan(log_w) | (log_w == np.inf), -np.inf, log_w))
+
+
+def _lighter(new: Draws, old: Draws) -> bool:
+    """Whether the weights' tail is lighter, not at the price of most draws."""
+    found, before = _evidence(new), _evidence(old)
+    return found.khat < before.khat and found.ess > _PRICE * before.ess
 
 
 def _elbo(draws: Draws) -> float:

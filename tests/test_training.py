@@ -258,8 +258,8 @@ def test_covering_tails_does_not_put_it_behind_its_start_either(backend, monkeyp
     """Steps so large that they ruin the flow, in a phase whose k-hat always falls."""
     khats = itertools.count(1)  # a later look sees a heavier tail, and the new one is looked at first
     evidence = fitting._evidence
-    monkeypatch.setattr(fitting, "_evidence", lambda draws: evidence(draws)._replace(khat=next(khats)))
-    monkeypatch.setattr(fitting, "_COVERING", fitting.annealed(2, 1000.0))
+    monkeypatch.setattr(fitting, "_evidence", lambda draws: evidence(draws)._replace(khat=next(khats), ess=1.0))
+    monkeypatch.setattr(fitting, "_COVERING", [fitting.annealed(2, 1000.0)])
     options = Options(num_particles=8, max_steps=40, chunk=10)
     fit = fit_flow(problem(backend), 0, options, num_samples=500)
     assert fit.history[-1].move.level == 1000.0
@@ -318,6 +318,17 @@ def test_weights_are_those_of_the_mixture_that_was_drawn_from(backend):
     )  # one draw in ten has one of two coordinates doubled
     assert np.average(x**2, weights=np.tile(np.exp(log_w)[:, None], 2)) == pytest.approx(1.0, abs=0.04)
     assert log_w.max() <= math.log(10 / 9) + 1e-12  # defended: no weight is above that of the plain draws' share
+
+
+def test_lighter_tails_do_not_cost_most_draws():
+    """Weights of which a few count alone have no tail, and are worth less than those with a heavy one."""
+    rng, n = np.random.default_rng(0), 10_000
+    heavy = (np.zeros((n, 1)), 0.6 * rng.exponential(size=n))
+    few = (np.zeros((n, 1)), np.where(rng.random(n) < 0.04, rng.random(n), -20.0))
+    most = (np.zeros((n, 1)), rng.random(n))
+    assert fitting._lighter(most, heavy)
+    assert not fitting._lighter(few, heavy)
+    assert not fitting._lighter(heavy, most)
 
 
 # Interruptions
