@@ -5,19 +5,21 @@
 Flows of dimension 16 (autoregressive ones also 64), batch 512, float32, one thread, one process for each framework; the three steps
 take turns, and only times of the same turn are divided. "Cheap": a standard normal target; "likelihood": a logistic regression of
 2000 observations. "Twice": the draw is scored once more with its parameters held still, by the inverse, as
-other libraries do. In jax, "operations" and "memory" are ratios of the compiler's own counts (it counts the body of a loop once, in
+other libraries do; "one by one" for the inverse of autoregressive flows as those have it, a sweep for each coordinate. "Compiled":
+one layer of couplings by `torch.compile`, from which no more than its results come out. In jax, "operations" and "memory" are ratios of the compiler's own counts (it counts the body of a loop once, in
 each of the steps).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,8 @@ import numpy as np
 from benchmarks.workload import spline_couplings
 from flowppl import flows, tree
 from flowppl.backend import backend_of
+from flowppl.bijections import MaskedAutoregressive
+from flowppl.bijections.elementwise import event_first, event_last
 from flowppl.flows import Flow
 from flowppl.objectives import path_log_prob
 
@@ -36,11 +40,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class Case(NamedTuple):
-    """A flow, a target and whether the flow has an inverse that is cheap enough to score twice with."""
+    """A flow and a target; `kind` is "", "one by one" or "compiled"."""
 
     name: str
     flow: Flow
     target: str = "cheap"
+    kind: str = ""
 
 
 def cases() -> list[Case]:
@@ -50,7 +55,9 @@ def cases() -> list[Case]:
         Case("couplings of splines", spline_couplings(8), "likelihood"),
     ]
     found += [Case(name, flows.get(name)(DIM)) for name in flows.names() if name not in ("affine", "iaf", "bnaf")]
-    return found + [Case(name, flows.get(name)(dim)) for name in ("iaf", "bnaf") for dim in (DIM, WIDE)]
+    found += [Case(name, flows.get(name)(dim)) for name in ("iaf", "bnaf") for dim in (DIM, WIDE)]
+    found += [Case("iaf", flows.get("iaf")(WIDE), kind="one by one")]
+    return [*found, Case("couplings of splines", spline_couplings(1), kind="compiled")]
 
 
 def target(kind: str, like: Any, dim: int) -> Callable[[Any], Any]:
@@ -85,9 +92,31 @@ def losses(case: Case, variables: dict[str, Any]) -> dict[str, Callable[[Any, An
     def twice(params: Any, rng: Any) -> Any:
         x = case.flow.sample(rng, {**variables, "params": params}, (BATCH,)).x
         still = {**variables, "params": backend.stop(params)}
-        return backend.xp.mean(case.flow.log_prob(still, x) - log_p(x))
+        with _one_by_one() if case.kind == "one by one" else contextlib.nullcontext():
+            return backend.xp.mean(case.flow.log_prob(still, x) - log_p(x))
 
     return {"plain": plain, "path": path, "twice": twice}
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Within, autoregressive maps are inverted one coordinate after the other, each by the whole network."""
+
+    def inverse(self: MaskedAutoregressive, params: Any, y: Any, context: Any = None) -> tuple[Any, Any]:
+        backend = backend_of(y)
+
+        def sweep(state: tuple[Any, Any], _: Any) -> tuple[tuple[Any, Any], Any]:
+            x, log_slope = self.transformer.inverse(self._net(params["net"], state[0]), event_first(y))
+            return (event_last(x), backend.xp.sum(log_slope, axis=0)), _
+
+        start = backend.xp.zeros_like(y), backend.xp.zeros_like(y[:, 0])
+        return backend.scan(sweep, start, backend.asarray(backend.xp.zeros(self.dim), y))[0]
+
+    usual, MaskedAutoregressive.inverse = MaskedAutoregressive.inverse, inverse
+    try:
+        yield
+    finally:
+        MaskedAutoregressive.inverse = usual
 
 
 def _on_jax(case: Case) -> tuple[dict[str, Callable], dict[str, tuple[float, float]]]:
@@ -114,6 +143,7 @@ def _on_torch(case: Case) -> tuple[dict[str, Callable], dict[str, tuple[float, f
     leaves = tree.leaves(params)
     steps = {}
     for name, loss in losses(case, {**variables, "params": params}).items():
+        loss = torch.compile(loss) if case.kind == "compiled" else loss
         steps[name] = lambda loss=loss: torch.autograd.grad(loss(params, None), leaves, allow_unused=True)
     return steps, {}
 
@@ -128,7 +158,7 @@ def worker(options: argparse.Namespace) -> None:
     """Prints one line of the table for each case."""
     prepare = {"jax": _on_jax, "torch": _on_torch}[options.framework]
     for case in cases():
-        if options.flow not in (None, case.name):
+        if options.flow not in (None, case.name) or (case.kind == "compiled" and options.framework == "jax"):
             continue
         steps, counts = prepare(case)
         times: dict[str, list[float]] = {name: [] for name in steps}
@@ -140,7 +170,7 @@ def worker(options: argparse.Namespace) -> None:
         operations, memory = ("", "")
         if counts:
             operations, memory = (f"{counts['path'][i] / counts['plain'][i]:.2f}" for i in (0, 1))
-        cells = [options.framework, case.name, str(case.flow.dim), case.target]
+        cells = [options.framework, ", ".join(filter(None, [case.name, case.kind])), str(case.flow.dim), case.target]
         cells += [f"{1e3 * statistics.median(times[name]):.1f} ms" for name in STEPS]
         cells += [f"{statistics.median(pairs['plain']):.2f}", f"{min(pairs['plain']):.2f} to {max(pairs['plain']):.2f}"]
         cells += [f"{statistics.median(pairs['twice']):.2f}", operations, memory]
