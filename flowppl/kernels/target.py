@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 from flowppl import tree
@@ -15,7 +17,7 @@ _IMPOSSIBLE = -1e30  # in place of -inf, of which a power of zero would not be a
 
 @dataclass(frozen=True)
 class Known:
-    """A log density whose gradient is known, as that of a base is: both take `(n, dim)`."""
+    """A log density whose gradient is known, and finite where it is, as that of a base: both take `(n, dim)`."""
 
     log_prob: LogProb
     score: Callable[[Array], Array]
@@ -46,9 +48,14 @@ class Target(NamedTuple):
         return walkers.log_probs @ self.powers
 
     def score(self, walkers: Walkers) -> Array:
-        """Its gradient, `(n, dim)`."""
-        xp = backend_of(walkers.x).xp
-        return xp.sum(walkers.scores * self.powers[:, None], axis=1)
+        """Its gradient, `(n, dim)`.
+
+        Raises:
+            ValueError: the walkers have no scores.
+        """
+        if walkers.scores is None:
+            raise ValueError("walkers: expected some with scores, as init makes them with with_scores=True")
+        return reduce(operator.add, (self.powers[k] * score for k, score in enumerate(walkers.scores)))
 
 
 class Walkers(NamedTuple):
@@ -57,12 +64,13 @@ class Walkers(NamedTuple):
     Attributes:
         x: `(n, dim)`.
         log_probs: Log densities of the factors, `(n, k)`; where one has none or is not a number, all but -infinite.
-        scores: Their gradients, `(n, k, dim)`; None where they were not asked for.
+        scores: The gradient of each, `(n, dim)`; zero where it is not a number, and None where they were not asked for. They stay
+            apart, since to stack them would copy them in each step.
     """
 
     x: Array
     log_probs: Array
-    scores: Array | None
+    scores: tuple[Array, ...] | None
 
 
 class Info(NamedTuple):
@@ -106,13 +114,22 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
     if not with_scores:
         values = xp.stack([f(x) for f in target.factors], axis=-1)
         return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
-    found = [
-        (f(x), f.score(x)) if isinstance(f, Known) else backend.value_and_score(f, x, target.attached)
-        for f in target.factors
-    ]
-    values, scores = xp.stack([value for value, _ in found], axis=-1), xp.stack([score for _, score in found], axis=1)
-    fine = xp.isfinite(values) & xp.all(xp.isfinite(scores), axis=-1)
-    return Walkers(x, xp.where(fine, values, _IMPOSSIBLE), xp.where(fine[..., None], scores, xp.zeros_like(scores)))
+    found = [_known(f, x, target.attached) for f in target.factors]
+    return Walkers(x, xp.stack([value for value, _ in found], axis=-1), tuple(score for _, score in found))
+
+
+def _known(f: LogProb, x: Array, attached: bool) -> tuple[Array, Array]:
+    """The value and the score of a factor."""
+    backend = backend_of(x)
+    xp = backend.xp
+    if isinstance(f, Known):
+        value, score = f(x), f.score(x)
+        fine = xp.isfinite(value)
+    else:
+        value, score = backend.value_and_score(f, x, attached)
+        # Zero times what is not finite is not a number: a sum, which is fast, sees it.
+        fine = xp.isfinite(value + xp.sum(0 * score, axis=-1))
+    return xp.where(fine, value, _IMPOSSIBLE), xp.where(fine[:, None], score, xp.zeros_like(score))
 
 
 def is_possible(log_probs: Array) -> Array:
