@@ -11,6 +11,7 @@ from flowppl.backend import backend_of
 from flowppl.config import build, describe
 from flowppl.errors import DimensionError
 from flowppl.stochastic import Diffusion, Moves, Path, by_energy, by_layer, by_samples, snf, train_path
+from flowppl.stochastic.draws import draw
 from flowppl.training import Options
 
 KERNELS = ("metropolis", "mala", "hmc", "langevin", "underdamped")
@@ -212,6 +213,66 @@ def test_a_diffusion_without_drift_is_a_brownian_motion(backend, f64, make_rng):
         Diffusion(1, end=0.5)
     with pytest.raises(ValueError, match="at least 1"):
         Diffusion(1, steps=0)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True, scope="session")  # jax runs what was traced
+def test_the_target_is_evaluated_where_it_has_to_be(backend, f64, make_rng):
+    """Where moves start, in each of their steps, and at the end unless they end there: not at the base, nor between maps."""
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return double_well(x)
+
+    def count(layers, ask):
+        path = snf(layers, dim=2)
+        calls.clear()
+        ask(path, path.init(make_rng(0), f64(0.0)))
+        assert set(calls) <= {8}
+        return len(calls)
+
+    def forward(path, variables):
+        path.forward(make_rng(1), variables, counted, 8)
+
+    def backward(path, variables):
+        path.backward(make_rng(1), variables, counted, f64(np.ones((8, 2))))
+
+    def drawn(path, variables):
+        draw(make_rng(1), path, variables, counted, 8, f64([1.0, 2.0]), f64(np.eye(2)))
+
+    def layerwise(path, variables):
+        by_layer(path, variables, counted, make_rng(1), 8)
+
+    flow, langevin, hmc = flows.affine(), Moves("langevin", 3), Moves("hmc", leapfrog=4)
+    for ask in (forward, drawn):
+        assert count([flow, langevin], ask) == 1 + 3
+        assert count([langevin, hmc], ask) == 1 + 3 + 4
+        assert count([flow, flow, Moves("metropolis", 2), hmc, flow, flow], ask) == 1 + 2 + 4 + 1
+        assert count([flow, Diffusion(2)], ask) == 1
+    assert count([flow, langevin, flow, hmc], backward) == 1 + 4 + 1 + 3
+    assert count([flow, langevin, flow], backward) == 1 + 1 + 3
+    assert count([flow, hmc, flow], layerwise) == 1 + 4 + 1
+
+
+def test_a_draw_has_the_density_of_the_target(backend, f64, make_rng):
+    """log q + log_w is log p at x, in whatever coordinates the path goes, with its derivatives."""
+    path = snf([flows.affine(), Moves("langevin", 2)], dim=2)
+    variables, loc = bent(backend, path, f64(0.0)), f64([0.5, -1.0])
+    scale_tril = f64([[0.5, 0.0], [0.3, 2.0]])
+
+    weight = f64(np.random.default_rng(0).standard_normal(20))
+
+    def total(params, asked):
+        scale = params["scale"] * scale_tril
+        found = draw(make_rng(2), path, {**variables, **params}, double_well, 20, loc, scale)
+        return backend.xp.sum(weight * (double_well(found.x) if asked else found.log_q + found.log_w))
+
+    def both(params):
+        return [backend.value_and_grad(lambda p, a=asked: total(p, a), params) for asked in (False, True)]
+
+    known, asked = backend.jit(both)({"params": variables["params"], "scale": f64(1.1)})
+    for a, b in zip(tree.leaves(known), tree.leaves(asked), strict=True):
+        np.testing.assert_allclose(backend.to_numpy(a), backend.to_numpy(b), rtol=1e-9, atol=1e-12)
 
 
 def test_configuration():

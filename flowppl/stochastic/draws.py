@@ -103,8 +103,7 @@ def draw(
     run = _run(rng, path, variables, log_prob, n, loc, scale_tril, gradient)
     xp = backend_of(run.x).xp
     known = xp.isfinite(run.log_w)
-    log_p = log_prob(run.x)
-    log_q = xp.where(known, log_p - xp.where(known, run.log_w, xp.zeros_like(log_p)), xp.inf)
+    log_q = xp.where(known, run.log_prob - xp.where(known, run.log_w, xp.zeros_like(run.log_w)), xp.inf)
     return Draw(run.x, run.log_w, log_q)
 
 
@@ -155,22 +154,24 @@ def _run(
     scale_tril: Array | None,
     gradient: str,
 ) -> Run:
-    """Paths, and where they end in x."""
+    """Paths, where they end in x, and the log density there."""
 
     def out(w: Array) -> Array:
         x = w if scale_tril is None else w @ scale_tril.T
         return x if loc is None else loc + x
 
+    volume: Any = 0.0
+    if scale_tril is not None:
+        xp = backend_of(scale_tril).xp
+        volume = xp.sum(xp.log(xp.abs(xp.linalg.diagonal(scale_tril))))
+
     def pulled(w: Array) -> Array:
-        if scale_tril is None:
-            return log_prob(out(w))
-        xp = backend_of(w).xp
-        return log_prob(out(w)) + xp.sum(xp.log(xp.abs(xp.linalg.diagonal(scale_tril))))
+        return log_prob(out(w)) + volume
 
     scored = gradient == "score" and any(isinstance(m, Moves) and m.kernel not in UNADJUSTED for m in path.layers)
     run = path.forward(rng, variables, pulled, max(n, 2) if scored else n, attached=True)
-    run = run._replace(x=out(run.x))
+    run = run._replace(x=out(run.x), log_prob=run.log_prob - volume)
     if not scored:
         return run
     run = with_decisions(run)
-    return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n])
+    return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n], log_prob=run.log_prob[:n])
