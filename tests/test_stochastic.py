@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
+from scipy.stats import norm
 
 from flowppl import flows, tree, weights
 from flowppl.backend import backend_of
@@ -273,6 +274,86 @@ def test_a_draw_has_the_density_of_the_target(backend, f64, make_rng):
     known, asked = backend.jit(both)({"params": variables["params"], "scale": f64(1.1)})
     for a, b in zip(tree.leaves(known), tree.leaves(asked), strict=True):
         np.testing.assert_allclose(backend.to_numpy(a), backend.to_numpy(b), rtol=1e-9, atol=1e-12)
+
+
+WALL = 1.5
+
+
+def harsh(x):
+    """A standard normal before a wall, beyond which nothing is a number, nor is any derivative."""
+    xp = backend_of(x).xp
+    return -0.5 * xp.sum(x * x, axis=1) + 0 * xp.sqrt(WALL - x[:, 0])
+
+
+def mild(x):
+    """The same density, by a choice, through which no derivative flows."""
+    xp = backend_of(x).xp
+    return xp.where(x[:, 0] < WALL, -0.5 * xp.sum(x * x, axis=1), xp.nan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_paths_that_went_astray_count_for_nothing(backend, f64, make_rng, kernel):
+    """By energy and in the ELBO of a guide: the gradient is that of the mean over the other paths."""
+    path = snf([flows.affine(), Moves(kernel, 2, step_size=0.5, leapfrog=2)], dim=2)
+    variables, scale_tril = bent(backend, path, f64(0.0)), f64([[1.2, 0.0], [0.3, 0.8]])
+
+    def elbo(params, log_prob):
+        """As the losses of the languages have it: not finite, which its derivatives are."""
+        at = {**variables, "params": params["path"]}
+        found = draw(make_rng(4), path, at, log_prob, 100, f64([0.2, 0.0]), params["scale"] * scale_tril)
+        return backend.xp.sum(log_prob(found.x) - found.log_q)
+
+    def both(params):
+        at = {**variables, "params": params["path"]}
+        energies = [by_energy(path, at, f, make_rng(3), 100) for f in (harsh, mild)]
+        return energies, [backend.value_and_grad(lambda p, f=f: elbo(p, f), params)[1] for f in (harsh, mild)]
+
+    energies, elbos = backend.jit(both)({"path": variables["params"], "scale": f64(1.1)})
+    assert 0.02 < float(backend.to_numpy(energies[0][0].lost)) < 0.5
+    for found, expected in (energies, elbos):
+        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+            assert np.isfinite(backend.to_numpy(b)).all()
+            np.testing.assert_allclose(backend.to_numpy(a), backend.to_numpy(b), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True, scope="session")
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_training_goes_on_beside_paths_that_went_astray(backend, f64, make_rng, kernel):
+    path = snf([flows.affine(), Moves(kernel, 2, step_size=0.5, leapfrog=2)], dim=2)
+    options = Options(num_particles=50, max_steps=20, chunk=10)
+    _, history = train_path(path, path.init(make_rng(0), f64(0.0)), harsh, by="energy", options=options)
+    assert all(record.skipped == 0 and 0 < record.lost < 0.5 for record in history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_weights_are_exact_where_paths_go_astray(backend, f64, make_rng, kernel):
+    """Those that come back from where there is no density count, by what they have gone through."""
+    path = snf([Moves(kernel, 3, step_size=0.6, leapfrog=2)] * 2, dim=2)
+    variables = path.init(make_rng(0), f64(0.0))
+    run = backend.jit(lambda rng: path.forward(rng, variables, harsh, N))(make_rng(1))
+    log_w = backend.to_numpy(run.log_w)
+    assert log_w[np.isfinite(log_w)].min() > -100
+    check_evidence(log_w, math.log(2 * math.pi) + math.log(norm.cdf(WALL)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_steps_that_are_too_long_have_finite_gradients(backend, f32, make_rng, kernel):
+    """An exponential wall throws them out of what float32 holds, dynamics and all."""
+    path = snf([flows.affine(), Moves(kernel, 8, step_size=3.0, leapfrog=3), flows.affine()], dim=2)
+    variables = path.init(make_rng(0), f32(0.0))
+
+    def log_prob(x):
+        xp = backend.xp
+        return -xp.exp(x[:, 0]) - 0.5 * xp.sum(x * x, axis=1)
+
+    def gradient(rng):
+        return by_energy(path, variables, log_prob, rng, 200, decisions=True)[1]
+
+    for g in tree.leaves(backend.jit(gradient)(make_rng(1))):
+        assert np.isfinite(backend.to_numpy(g)).all()
 
 
 def test_configuration():

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flowppl import tree
 from flowppl.backend import Array, backend_of
@@ -25,6 +25,32 @@ class Known:
     def __call__(self, x: Array) -> Array:
         """The log density, `(n,)`."""
         return self.log_prob(x)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A log density of y = loc + scale_tril x as one of x; None stands for zero and one."""
+
+    log_prob: LogProb
+    loc: Array | None
+    scale_tril: Array | None
+
+    def there(self, x: Array) -> Array:
+        """y, `(n, dim)`."""
+        y = x if self.scale_tril is None else x @ self.scale_tril.T
+        return y if self.loc is None else self.loc + y
+
+    @property
+    def log_det(self) -> Array:
+        """log |det scale_tril|."""
+        if self.scale_tril is None:
+            return 0.0
+        xp = backend_of(self.scale_tril).xp
+        return xp.sum(xp.log(xp.abs(xp.linalg.diagonal(self.scale_tril))))
+
+    def __call__(self, x: Array) -> Array:
+        """The log density of x, `(n,)`."""
+        return self.log_prob(self.there(x)) + self.log_det
 
 
 class Target(NamedTuple):
@@ -109,26 +135,32 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
         x: `(n, dim)`.
         with_scores: Whether steps will need gradients: all but `metropolis` and `independence` do.
     """
-    backend = backend_of(x)
-    xp = backend.xp
-    if not with_scores:
-        values = xp.stack([f(x) for f in target.factors], axis=-1)
-        return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
-    found = [_known(f, x, target.attached) for f in target.factors]
-    return Walkers(x, xp.stack([value for value, _ in found], axis=-1), tuple(score for _, score in found))
+    found = [_known(f, x, target.attached, with_scores) for f in target.factors]
+    values = backend_of(x).xp.stack([value for value, _ in found], axis=-1)
+    return Walkers(x, values, tuple(score for _, score in found) if with_scores else None)
 
 
-def _known(f: LogProb, x: Array, attached: bool) -> tuple[Array, Array]:
-    """The value and the score of a factor."""
+def _known(f: LogProb, x: Array, attached: bool, with_score: bool) -> tuple[Array, Any]:
+    """The value and the score of a factor: all but -inf and zero, both constant, where one of them is not finite."""
     backend = backend_of(x)
     xp = backend.xp
-    if isinstance(f, Known):
-        value, score = f(x), f.score(x)
-        fine = xp.isfinite(value)
-    else:
-        value, score = backend.value_and_score(f, x, attached)
-        # Zero times what is not finite is not a number: a sum, which is fast, sees it.
-        fine = xp.isfinite(value + xp.sum(0 * score, axis=-1))
+    if isinstance(f, Placed):
+        value, score = _known(f.log_prob, f.there(x), attached, with_score)
+        found = value + f.log_det, score if score is None or f.scale_tril is None else score @ f.scale_tril
+        return found if attached or not with_score else backend.stop(found)
+
+    def ask(x: Array) -> tuple[Array, ...]:
+        if isinstance(f, Known):
+            return (f(x), f.score(x)) if with_score else (f(x),)
+        return backend.value_and_score(f, x, attached) if with_score else (f(x),)
+
+    value, *rest = backend.shielded(ask, x) if attached else ask(x)
+    if not with_score:
+        return xp.where(xp.isfinite(value), value, _IMPOSSIBLE), None
+    score = rest[0]
+    # Zero times what is not finite is not a number. A score whose square overflows would take dynamics to infinity.
+    check = value if isinstance(f, Known) else value + 0 * xp.sum(score * score, axis=-1)
+    fine = xp.isfinite(check)
     return xp.where(fine, value, _IMPOSSIBLE), xp.where(fine[:, None], score, xp.zeros_like(score))
 
 
