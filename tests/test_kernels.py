@@ -132,6 +132,25 @@ def test_powers_need_no_new_evaluation(backend, f64):
         np.testing.assert_allclose(backend.to_numpy(at.score(walkers)), backend.to_numpy(score), rtol=1e-10, atol=1e-12)
 
 
+def test_a_factor_without_a_number_leaves_the_others_alone(backend, f64):
+    """Its value and its score are both left out where one of them is not finite; scores are as they come, one array for each."""
+    xp = backend.xp
+    x = f64([[1.0, 2.0], [0.0, 3.0], [-1.0, 4.0]])
+
+    def root(x):
+        return xp.sum(xp.sqrt(x), axis=1)
+
+    walkers = init(Bridge(None, log_wide, root).at(f64(0.5)), x)
+    assert [tuple(score.shape) for score in walkers.scores] == [(3, 2), (3, 2)]
+    log_probs, (first, second) = backend.to_numpy(walkers.log_probs), map(backend.to_numpy, walkers.scores)
+    np.testing.assert_allclose(first, -backend.to_numpy(x) / 4)
+    np.testing.assert_allclose(log_probs[:, 0], backend.to_numpy(log_wide(x)))
+    np.testing.assert_allclose(second, [[0.5, 0.5 / 2**0.5], [0, 0], [0, 0]])
+    assert log_probs[0, 1] == 1 + 2**0.5 and np.all(log_probs[1:, 1] < -1e29)
+    with pytest.raises(ValueError, match="with_scores"):
+        target(root, x).score(init(target(root, x), x, with_scores=False))
+
+
 def test_walkers_stay_out_of_where_there_is_no_density(backend, f64, make_rng):
     """A density of the half-line, which is not a number or minus infinity elsewhere."""
     xp = backend.xp

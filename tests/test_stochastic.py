@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
+from scipy.stats import norm
 
 from flowppl import flows, tree, weights
 from flowppl.backend import backend_of
 from flowppl.config import build, describe
 from flowppl.errors import DimensionError
 from flowppl.stochastic import Diffusion, Moves, Path, by_energy, by_layer, by_samples, snf, train_path
+from flowppl.stochastic.draws import draw
 from flowppl.training import Options
 
 KERNELS = ("metropolis", "mala", "hmc", "langevin", "underdamped")
@@ -212,6 +214,146 @@ def test_a_diffusion_without_drift_is_a_brownian_motion(backend, f64, make_rng):
         Diffusion(1, end=0.5)
     with pytest.raises(ValueError, match="at least 1"):
         Diffusion(1, steps=0)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True, scope="session")  # jax runs what was traced
+def test_the_target_is_evaluated_where_it_has_to_be(backend, f64, make_rng):
+    """Where moves start, in each of their steps, and at the end unless they end there: not at the base, nor between maps."""
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return double_well(x)
+
+    def count(layers, ask):
+        path = snf(layers, dim=2)
+        calls.clear()
+        ask(path, path.init(make_rng(0), f64(0.0)))
+        assert set(calls) <= {8}
+        return len(calls)
+
+    def forward(path, variables):
+        path.forward(make_rng(1), variables, counted, 8)
+
+    def backward(path, variables):
+        path.backward(make_rng(1), variables, counted, f64(np.ones((8, 2))))
+
+    def drawn(path, variables):
+        draw(make_rng(1), path, variables, counted, 8, f64([1.0, 2.0]), f64(np.eye(2)))
+
+    def layerwise(path, variables):
+        by_layer(path, variables, counted, make_rng(1), 8)
+
+    flow, langevin, hmc = flows.affine(), Moves("langevin", 3), Moves("hmc", leapfrog=4)
+    for ask in (forward, drawn):
+        assert count([flow, langevin], ask) == 1 + 3
+        assert count([langevin, hmc], ask) == 1 + 3 + 4
+        assert count([flow, flow, Moves("metropolis", 2), hmc, flow, flow], ask) == 1 + 2 + 4 + 1
+        assert count([flow, Diffusion(2)], ask) == 1
+    assert count([flow, langevin, flow, hmc], backward) == 1 + 4 + 1 + 3
+    assert count([flow, langevin, flow], backward) == 1 + 1 + 3
+    assert count([flow, hmc, flow], layerwise) == 1 + 4 + 1
+
+
+def test_a_draw_has_the_density_of_the_target(backend, f64, make_rng):
+    """log q + log_w is log p at x, in whatever coordinates the path goes, with its derivatives."""
+    path = snf([flows.affine(), Moves("langevin", 2)], dim=2)
+    variables, loc = bent(backend, path, f64(0.0)), f64([0.5, -1.0])
+    scale_tril = f64([[0.5, 0.0], [0.3, 2.0]])
+
+    weight = f64(np.random.default_rng(0).standard_normal(20))
+
+    def total(params, asked):
+        scale = params["scale"] * scale_tril
+        found = draw(make_rng(2), path, {**variables, **params}, double_well, 20, loc, scale)
+        return backend.xp.sum(weight * (double_well(found.x) if asked else found.log_q + found.log_w))
+
+    def both(params):
+        return [backend.value_and_grad(lambda p, a=asked: total(p, a), params) for asked in (False, True)]
+
+    known, asked = backend.jit(both)({"params": variables["params"], "scale": f64(1.1)})
+    for a, b in zip(tree.leaves(known), tree.leaves(asked), strict=True):
+        np.testing.assert_allclose(backend.to_numpy(a), backend.to_numpy(b), rtol=1e-9, atol=1e-12)
+
+
+WALL = 1.5
+
+
+def harsh(x):
+    """A standard normal before a wall, beyond which nothing is a number, nor is any derivative."""
+    xp = backend_of(x).xp
+    return -0.5 * xp.sum(x * x, axis=1) + 0 * xp.sqrt(WALL - x[:, 0])
+
+
+def mild(x):
+    """The same density, by a choice, through which no derivative flows."""
+    xp = backend_of(x).xp
+    return xp.where(x[:, 0] < WALL, -0.5 * xp.sum(x * x, axis=1), xp.nan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_paths_that_went_astray_count_for_nothing(backend, f64, make_rng, kernel):
+    """By energy and in the ELBO of a guide: the gradient is that of the mean over the other paths."""
+    path = snf([flows.affine(), Moves(kernel, 2, step_size=0.5, leapfrog=2)], dim=2)
+    variables, scale_tril = bent(backend, path, f64(0.0)), f64([[1.2, 0.0], [0.3, 0.8]])
+
+    def elbo(params, log_prob):
+        """As the losses of the languages have it: not finite, which its derivatives are."""
+        at = {**variables, "params": params["path"]}
+        found = draw(make_rng(4), path, at, log_prob, 100, f64([0.2, 0.0]), params["scale"] * scale_tril)
+        return backend.xp.sum(log_prob(found.x) - found.log_q)
+
+    def both(params):
+        at = {**variables, "params": params["path"]}
+        energies = [by_energy(path, at, f, make_rng(3), 100) for f in (harsh, mild)]
+        return energies, [backend.value_and_grad(lambda p, f=f: elbo(p, f), params)[1] for f in (harsh, mild)]
+
+    energies, elbos = backend.jit(both)({"path": variables["params"], "scale": f64(1.1)})
+    assert 0.02 < float(backend.to_numpy(energies[0][0].lost)) < 0.5
+    for found, expected in (energies, elbos):
+        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+            assert np.isfinite(backend.to_numpy(b)).all()
+            np.testing.assert_allclose(backend.to_numpy(a), backend.to_numpy(b), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True, scope="session")
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_training_goes_on_beside_paths_that_went_astray(backend, f64, make_rng, kernel):
+    path = snf([flows.affine(), Moves(kernel, 2, step_size=0.5, leapfrog=2)], dim=2)
+    options = Options(num_particles=50, max_steps=20, chunk=10)
+    _, history = train_path(path, path.init(make_rng(0), f64(0.0)), harsh, by="energy", options=options)
+    assert all(record.skipped == 0 and 0 < record.lost < 0.5 for record in history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_weights_are_exact_where_paths_go_astray(backend, f64, make_rng, kernel):
+    """Those that come back from where there is no density count, by what they have gone through."""
+    path = snf([Moves(kernel, 3, step_size=0.6, leapfrog=2)] * 2, dim=2)
+    variables = path.init(make_rng(0), f64(0.0))
+    run = backend.jit(lambda rng: path.forward(rng, variables, harsh, N))(make_rng(1))
+    log_w = backend.to_numpy(run.log_w)
+    assert log_w[np.isfinite(log_w)].min() > -100
+    check_evidence(log_w, math.log(2 * math.pi) + math.log(norm.cdf(WALL)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["langevin", "underdamped", "hmc"])
+def test_steps_that_are_too_long_have_finite_gradients(backend, f32, make_rng, kernel):
+    """An exponential wall throws them out of what float32 holds, dynamics and all."""
+    path = snf([flows.affine(), Moves(kernel, 8, step_size=3.0, leapfrog=3), flows.affine()], dim=2)
+    variables = path.init(make_rng(0), f32(0.0))
+
+    def log_prob(x):
+        xp = backend.xp
+        return -xp.exp(x[:, 0]) - 0.5 * xp.sum(x * x, axis=1)
+
+    def gradient(rng):
+        return by_energy(path, variables, log_prob, rng, 200, decisions=True)[1]
+
+    for g in tree.leaves(backend.jit(gradient)(make_rng(1))):
+        assert np.isfinite(backend.to_numpy(g)).all()
 
 
 def test_configuration():

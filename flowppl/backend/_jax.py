@@ -146,6 +146,17 @@ def value_and_score(log_prob: Callable, x: Array, attached: bool = False) -> tup
     return (value, score) if attached else stop((value, score))
 
 
+def shielded(f: Callable, x: Array) -> tuple[Array, ...]:
+    """f(x), arrays of as many rows as x `(n, d)`; no derivative flows back from a row where one is not finite.
+
+    f is asked twice for the same, which the compiler sees.
+    """
+    fine = xp.ones(x.shape[:1], bool)
+    for a in stop(f(stop(x))):
+        fine = fine & xp.all(xp.isfinite(a.reshape(len(a), -1)), axis=-1)
+    return f(xp.where(fine[:, None], x, stop(x)))
+
+
 def implicit(step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float) -> Array:
     """The solution x of x = step(args, x), found in whatever way, with its implicit derivatives, which are of any order.
 

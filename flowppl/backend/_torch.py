@@ -181,6 +181,17 @@ def value_and_score(log_prob: Callable, x: Tensor, attached: bool = False) -> tu
     return value, score
 
 
+def shielded(f: Callable, x: Tensor) -> tuple[Tensor, ...]:
+    """f(x), arrays of as many rows as x `(n, d)`; no derivative flows back from a row where one is not finite."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return f(x)
+    x = x.view_as(x)
+    found = f(x)
+    fine = torch.stack([a.detach().isfinite().reshape(len(a), -1).all(-1) for a in found]).all(0)[:, None]
+    x.register_hook(lambda grad: torch.where(fine, grad, torch.zeros_like(grad)))
+    return found
+
+
 def implicit(step: Callable, args: Tree, x: Tensor, *, max_steps: int, tol: float) -> Tensor:
     """The solution x of x = step(args, x), found in whatever way, with its implicit derivatives, which are of any order.
 

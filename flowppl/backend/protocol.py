@@ -56,6 +56,9 @@ class Backend(Protocol):
     def value_and_score(
         self, log_prob: Callable, x: Array, attached: bool = False
     ) -> tuple[Array, Array]: ...  # `attached`: derivatives flow through both, that of the score being a second one
+    def shielded(
+        self, f: Callable, x: Array
+    ) -> tuple[Array, ...]: ...  # f(x), without derivatives from rows where it is not finite
     def implicit(
         self, step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float
     ) -> Array: ...  # the solution x of x = step(args, x), with implicit derivatives of any order in args

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 from flowppl import tree
 from flowppl.backend import Array, backend_of
@@ -15,7 +17,7 @@ _IMPOSSIBLE = -1e30  # in place of -inf, of which a power of zero would not be a
 
 @dataclass(frozen=True)
 class Known:
-    """A log density whose gradient is known, as that of a base is: both take `(n, dim)`."""
+    """A log density whose gradient is known, and finite where it is, as that of a base: both take `(n, dim)`."""
 
     log_prob: LogProb
     score: Callable[[Array], Array]
@@ -23,6 +25,32 @@ class Known:
     def __call__(self, x: Array) -> Array:
         """The log density, `(n,)`."""
         return self.log_prob(x)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A log density of y = loc + scale_tril x as one of x; None stands for zero and one."""
+
+    log_prob: LogProb
+    loc: Array | None
+    scale_tril: Array | None
+
+    def there(self, x: Array) -> Array:
+        """y, `(n, dim)`."""
+        y = x if self.scale_tril is None else x @ self.scale_tril.T
+        return y if self.loc is None else self.loc + y
+
+    @property
+    def log_det(self) -> Array:
+        """log |det scale_tril|."""
+        if self.scale_tril is None:
+            return 0.0
+        xp = backend_of(self.scale_tril).xp
+        return xp.sum(xp.log(xp.abs(xp.linalg.diagonal(self.scale_tril))))
+
+    def __call__(self, x: Array) -> Array:
+        """The log density of x, `(n,)`."""
+        return self.log_prob(self.there(x)) + self.log_det
 
 
 class Target(NamedTuple):
@@ -46,9 +74,14 @@ class Target(NamedTuple):
         return walkers.log_probs @ self.powers
 
     def score(self, walkers: Walkers) -> Array:
-        """Its gradient, `(n, dim)`."""
-        xp = backend_of(walkers.x).xp
-        return xp.sum(walkers.scores * self.powers[:, None], axis=1)
+        """Its gradient, `(n, dim)`.
+
+        Raises:
+            ValueError: the walkers have no scores.
+        """
+        if walkers.scores is None:
+            raise ValueError("walkers: expected some with scores, as init makes them with with_scores=True")
+        return reduce(operator.add, (self.powers[k] * score for k, score in enumerate(walkers.scores)))
 
 
 class Walkers(NamedTuple):
@@ -57,12 +90,13 @@ class Walkers(NamedTuple):
     Attributes:
         x: `(n, dim)`.
         log_probs: Log densities of the factors, `(n, k)`; where one has none or is not a number, all but -infinite.
-        scores: Their gradients, `(n, k, dim)`; None where they were not asked for.
+        scores: The gradient of each, `(n, dim)`; zero where it is not a number, and None where they were not asked for. They stay
+            apart, since to stack them would copy them in each step.
     """
 
     x: Array
     log_probs: Array
-    scores: Array | None
+    scores: tuple[Array, ...] | None
 
 
 class Info(NamedTuple):
@@ -101,18 +135,33 @@ def init(target: Target, x: Array, *, with_scores: bool = True) -> Walkers:
         x: `(n, dim)`.
         with_scores: Whether steps will need gradients: all but `metropolis` and `independence` do.
     """
+    found = [_known(f, x, target.attached, with_scores) for f in target.factors]
+    values = backend_of(x).xp.stack([value for value, _ in found], axis=-1)
+    return Walkers(x, values, tuple(score for _, score in found) if with_scores else None)
+
+
+def _known(f: LogProb, x: Array, attached: bool, with_score: bool) -> tuple[Array, Any]:
+    """The value and the score of a factor: all but -inf and zero, both constant, where one of them is not finite."""
     backend = backend_of(x)
     xp = backend.xp
-    if not with_scores:
-        values = xp.stack([f(x) for f in target.factors], axis=-1)
-        return Walkers(x, xp.where(xp.isfinite(values), values, _IMPOSSIBLE), None)
-    found = [
-        (f(x), f.score(x)) if isinstance(f, Known) else backend.value_and_score(f, x, target.attached)
-        for f in target.factors
-    ]
-    values, scores = xp.stack([value for value, _ in found], axis=-1), xp.stack([score for _, score in found], axis=1)
-    fine = xp.isfinite(values) & xp.all(xp.isfinite(scores), axis=-1)
-    return Walkers(x, xp.where(fine, values, _IMPOSSIBLE), xp.where(fine[..., None], scores, xp.zeros_like(scores)))
+    if isinstance(f, Placed):
+        value, score = _known(f.log_prob, f.there(x), attached, with_score)
+        found = value + f.log_det, score if score is None or f.scale_tril is None else score @ f.scale_tril
+        return found if attached or not with_score else backend.stop(found)
+
+    def ask(x: Array) -> tuple[Array, ...]:
+        if isinstance(f, Known):
+            return (f(x), f.score(x)) if with_score else (f(x),)
+        return backend.value_and_score(f, x, attached) if with_score else (f(x),)
+
+    value, *rest = backend.shielded(ask, x) if attached else ask(x)
+    if not with_score:
+        return xp.where(xp.isfinite(value), value, _IMPOSSIBLE), None
+    score = rest[0]
+    # Zero times what is not finite is not a number. A score whose square overflows would take dynamics to infinity.
+    check = value if isinstance(f, Known) else value + 0 * xp.sum(score * score, axis=-1)
+    fine = xp.isfinite(check)
+    return xp.where(fine, value, _IMPOSSIBLE), xp.where(fine[:, None], score, xp.zeros_like(score))
 
 
 def is_possible(log_probs: Array) -> Array:

@@ -18,6 +18,7 @@ from flowppl.flows import Flow
 from flowppl.kernels import hmc
 from flowppl.kernels.target import LogProb
 from flowppl.stochastic.annealing import Bridge, Kernel, anneal
+from flowppl.stochastic.buffer import Buffer
 
 _CLIP = 10.0  # the largest correction of a draw's weight
 _NORM = 100.0  # the largest norm of a gradient
@@ -44,51 +45,6 @@ class History(NamedTuple):
     acceptance: np.ndarray
     lost: np.ndarray
     skipped: np.ndarray
-
-
-class Buffer(NamedTuple):
-    """Weighted draws of p^2 / q, a ring of fixed size.
-
-    Where q has moved since, a draw's weight goes along as 1 / q. So what is kept of it is log w + log q, which does not change,
-    and the log q that it was last seen with.
-
-    Attributes:
-        x: `(size, dim)`.
-        fixed: log w + log q, `(size,)`; -inf where there is no draw.
-        log_q: `(size,)`.
-    """
-
-    x: Array
-    fixed: Array
-    log_q: Array
-
-    @property
-    def log_w(self) -> Array:
-        """The priorities, `(size,)`."""
-        return self.fixed - self.log_q
-
-    def with_draws(self, at: Array, x: Array, log_w: Array, log_q: Array) -> Buffer:
-        """The buffer with draws in the slots `at`; those without a finite weight and density leave their slots empty."""
-        backend = backend_of(x)
-        xp = backend.xp
-        fine = xp.isfinite(log_w) & xp.isfinite(log_q) & xp.all(xp.isfinite(x), axis=-1)
-        x = xp.where(fine[:, None], x, xp.zeros_like(x))
-        fixed = xp.where(fine, log_w + log_q, -xp.inf)
-        log_q = xp.where(fine, log_q, xp.zeros_like(log_q))
-        return Buffer(*(backend.set_at(a, at, v) for a, v in zip(self, (x, fixed, log_q), strict=True)))
-
-    def refreshed(self, at: Array, log_q: Array) -> Buffer:
-        """The buffer after a look at the draws in the slots `at`, which may repeat; those without a density are not drawn again."""
-        backend = backend_of(log_q)
-        log_q = backend.xp.where(backend.xp.isfinite(log_q), log_q, backend.xp.inf)
-        return self._replace(log_q=backend.set_at(self.log_q, at, log_q))
-
-    def draw(self, rng: Any, n: int) -> Array:
-        """n slots in random order, each one n times its share of all weights on average, or one more or less than that."""
-        backend = backend_of(self.x)
-        choice, order = backend.split(rng, 2)
-        at = weights.resample_systematic(choice, self.log_w, n=n)
-        return at[backend.asarray(backend.permutation(order, n), at)]
 
 
 class _State(NamedTuple):
@@ -130,6 +86,85 @@ def gradient(
 
     (_, seen), grads = backend.value_and_grad(loss, variables["params"], has_aux=True)
     return backend.stop(seen), grads
+
+
+class _Passes(NamedTuple):
+    """Passes of annealing and training: what they start from, and what each one does. See `bootstrap`."""
+
+    flow: Flow
+    variables: dict[str, Any]
+    log_prob: LogProb
+    kernel: Kernel
+    optimizer: optim.Optimizer
+    betas: Array
+    num_particles: int
+    num_updates: int
+    size: int  # of the buffer
+    acceptance: float
+
+    def start(self, draws: tuple[Array, Array] | None) -> _State:
+        """The state before the first pass, with draws of p and their log-weights in the buffer."""
+        backend, like = backend_of(self.betas), self.betas
+        xp, size = backend.xp, self.size
+        params = backend.stop(self.variables["params"])
+        shapes = ((size, self.flow.dim), (size,), (size,))
+        empty = Buffer(*(backend.asarray(xp.zeros(shape), like) for shape in shapes))
+        buffer = empty._replace(fixed=empty.fixed - xp.inf)
+        if draws is not None:
+            x, log_w = (backend.asarray(a, like)[:size] for a in draws)
+            # Weighted draws of p have the weights p / q more as draws of p^2 / q.
+            log_q = backend.stop(backend.jit(partial(self.flow.log_prob, self.variables))(x))
+            at = backend.asarray(size - 1 - xp.arange(len(x)), like)  # the last slots are the last to be used again
+            buffer = buffer.with_draws(at, x, log_w + backend.stop(self.log_prob(x)) - log_q, log_q)
+        log_steps = xp.zeros_like(like) + math.log(0.3 * self.flow.dim**-0.25)
+        return _State(params, self.optimizer.init(params), buffer, log_steps)
+
+    def one(self, carry: tuple, i: Array) -> tuple[tuple, tuple]:
+        """One pass: the next state, and what `History` has of it."""
+        (state, rng), n = carry, self.num_particles
+        backend = backend_of(self.betas)
+        xp = backend.xp
+        first, second, rng = backend.split(rng, 3)
+        at = {**self.variables, "params": backend.stop(state.params)}
+        found, log_q, seen = backend.stop(self._annealed(first, at, state.log_steps))
+        slots = backend.asarray(xp.arange(n), self.betas)
+        buffer = state.buffer.with_draws((i * n + slots) % self.size, found.x, found.log_w, log_q)
+        log_steps = state.log_steps + _GAIN * (found.acceptance - self.acceptance)
+
+        chosen = buffer.draw(second, n * self.num_updates)
+        params, inner, loss, now = self._trained(state, buffer.x[chosen], buffer.log_q[chosen])
+        buffer = buffer.refreshed(chosen, now)
+        lost = 1 - xp.mean(xp.astype(xp.isfinite(found.log_w + log_q), self.betas.dtype))
+        seen = (*seen, loss, found.acceptance, lost, inner.skipped)
+        return (_State(params, inner, buffer, log_steps), rng), seen
+
+    def _annealed(self, rng: Any, at: dict[str, Any], log_steps: Array) -> tuple[Any, Array, tuple]:
+        """Draws of p^2 / q, their log q, and what the flow's own draws say."""
+        backend, n = backend_of(self.betas), self.num_particles
+        xp = backend.xp
+        first, second = backend.split(rng, 2)
+        log_q = partial(self.flow.log_prob, at)
+        own = backend.stop(self.flow.sample(first, at, (n,), with_log_prob=True))
+        log_w = self.log_prob(own.x) - own.log_prob
+        log_w = xp.where(xp.isfinite(log_w), log_w, -xp.inf)
+        bridge = Bridge(lambda rng, n: own.x, log_q, self.log_prob, powers)
+        found = anneal(second, bridge, self.kernel, (self.betas, xp.exp(log_steps)), n, resample_below=0.0)
+        return found, log_q(found.x), (weights.log_mean_exp(log_w), weights.ess(log_w) / n)
+
+    def _trained(self, state: _State, x: Array, log_q: Array) -> tuple[Any, Any, Array, Array]:
+        """Params and optimizer after all updates, the mean loss, and the log densities as they were in each."""
+        backend, shape = backend_of(x), (self.num_updates, self.num_particles)
+        xp = backend.xp
+
+        def update(carry: tuple, row: tuple[Array, Array]) -> tuple[tuple, tuple]:
+            params, inner = carry
+            seen, grads = gradient(self.flow, {**self.variables, "params": params}, *row)
+            updates, inner = self.optimizer.update(grads, inner)
+            return (optim.apply(params, updates), inner), seen
+
+        rows = tuple(xp.reshape(a, (*shape, *a.shape[1:])) for a in (x, log_q))
+        (params, inner), (loss, now) = backend.scan(update, (state.params, state.optimizer), rows)
+        return params, inner, xp.mean(loss), xp.reshape(now, (-1,))
 
 
 def bootstrap(
@@ -196,65 +231,27 @@ def bootstrap(
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     like = tree.leaves(variables["params"])[0]
-    backend, n = backend_of(like), num_particles
-    xp, kernel = backend.xp, kernel or partial(hmc.step, num_steps=4)
-    size = n * max(1, round(buffer_size / n))
+    backend = backend_of(like)
     schedule = optim.cosine(learning_rate, num_steps, warmup=int(_WARMUP * num_steps))
-    optimizer = optim.skip_nonfinite(optim.chain(optim.clip_by_global_norm(_NORM), optim.adam(schedule)))
-    betas = backend.asarray(np.arange(1, num_temperatures + 1) / num_temperatures, like)
-    slots = backend.asarray(xp.arange(n), like)
-
-    def annealed(rng: Any, at: dict[str, Any], state: _State) -> tuple[Any, Array, tuple]:
-        """Draws of p^2 / q, their log q, and what the flow's own draws say."""
-        first, second = backend.split(rng, 2)
-        log_q = partial(flow.log_prob, at)
-        own = backend.stop(flow.sample(first, at, (n,), with_log_prob=True))
-        log_w = log_prob(own.x) - own.log_prob
-        log_w = xp.where(xp.isfinite(log_w), log_w, -xp.inf)
-        bridge = Bridge(lambda rng, n: own.x, log_q, log_prob, powers)
-        found = anneal(second, bridge, kernel, (betas, xp.exp(state.log_steps)), n, resample_below=0.0)
-        return found, log_q(found.x), (weights.log_mean_exp(log_w), weights.ess(log_w) / n)
-
-    def one(carry: tuple, i: Array) -> tuple[tuple, tuple]:
-        state, rng = carry
-        first, second, rng = backend.split(rng, 3)
-        at = {**variables, "params": backend.stop(state.params)}
-        found, log_q, seen = backend.stop(annealed(first, at, state))
-        buffer = state.buffer.with_draws((i * n + slots) % size, found.x, found.log_w, log_q)
-        log_steps = state.log_steps + _GAIN * (found.acceptance - acceptance)
-
-        chosen = buffer.draw(second, n * num_updates)
-        rows = tuple(xp.reshape(a, (num_updates, n, *a.shape[1:])) for a in (buffer.x[chosen], buffer.log_q[chosen]))
-
-        def update(carry: tuple, row: tuple[Array, Array]) -> tuple[tuple, tuple]:
-            params, inner = carry
-            seen, grads = gradient(flow, {**variables, "params": params}, *row)
-            updates, inner = optimizer.update(grads, inner)
-            return (optim.apply(params, updates), inner), seen
-
-        (params, inner), (loss, now) = backend.scan(update, (state.params, state.optimizer), rows)
-        buffer = buffer.refreshed(chosen, xp.reshape(now, (-1,)))
-        lost = 1 - xp.mean(xp.astype(xp.isfinite(found.log_w + log_q), like.dtype))
-        seen = (*seen, xp.mean(loss), found.acceptance, lost, inner.skipped)
-        return (_State(params, inner, buffer, log_steps), rng), seen
-
-    run = backend.jit(lambda state, rng, rows: backend.scan(one, (state, rng), rows))
-    params = backend.stop(variables["params"])
-    empty = Buffer(*(backend.asarray(xp.zeros(shape), like) for shape in ((size, flow.dim), (size,), (size,))))
-    buffer = empty._replace(fixed=empty.fixed - xp.inf)
-    if draws is not None:
-        x, log_w = (backend.asarray(a, like)[:size] for a in draws)
-        # Weighted draws of p have the weights p / q more as draws of p^2 / q.
-        log_q = backend.stop(backend.jit(partial(flow.log_prob, variables))(x))
-        at = backend.asarray(size - 1 - xp.arange(len(x)), like)  # the last slots are the last to be used again
-        buffer = buffer.with_draws(at, x, log_w + backend.stop(log_prob(x)) - log_q, log_q)
-    log_steps = xp.zeros_like(betas) + math.log(0.3 * flow.dim**-0.25)
-    state, rng = _State(params, optimizer.init(params), buffer, log_steps), backend.rng(seed, like)
+    passes = _Passes(
+        flow,
+        variables,
+        log_prob,
+        kernel or partial(hmc.step, num_steps=4),
+        optim.skip_nonfinite(optim.chain(optim.clip_by_global_norm(_NORM), optim.adam(schedule))),
+        backend.asarray(np.arange(1, num_temperatures + 1) / num_temperatures, like),
+        num_particles,
+        num_updates,
+        num_particles * max(1, round(buffer_size / num_particles)),
+        acceptance,
+    )
+    run = backend.jit(lambda state, rng, rows: backend.scan(passes.one, (state, rng), rows))
+    state, rng = passes.start(draws), backend.rng(seed, like)
     calls = -(-num_steps // (num_updates * _PASSES))
     length = -(-num_steps // (num_updates * calls))  # the same in all calls: one compilation
     history: list[History] = []
     for call in range(calls):
-        rows = backend.asarray(xp.arange(call * length, (call + 1) * length), like)
+        rows = backend.asarray(backend.xp.arange(call * length, (call + 1) * length), like)
         (state, rng), seen = run(state, rng, rows)
         history.append(History(*(np.asarray(backend.to_numpy(a), np.float64) for a in seen)))
         progress(history[-1])

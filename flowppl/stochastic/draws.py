@@ -12,7 +12,7 @@ from flowppl.backend import Array, backend_of
 from flowppl.bijections.base import Bijection, bind
 from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
-from flowppl.kernels.target import LogProb
+from flowppl.kernels.target import LogProb, Placed
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.moves import UNADJUSTED, Moves
 from flowppl.stochastic.path import Path, Run, snf, with_decisions
@@ -29,7 +29,8 @@ class Draw(NamedTuple):
     Attributes:
         x: `(n, dim)`.
         log_w: Log-weights of the paths, `(n,)`.
-        log_q: log p(x) - log_w, `(n,)`, so that an ELBO is the mean of log_w; infinite for a path that led nowhere.
+        log_q: log p(x) - log_w, `(n,)`, so that an ELBO is the mean of log_w; infinite for a path that led nowhere, of which
+            nothing has derivatives.
     """
 
     x: Array
@@ -101,11 +102,12 @@ def draw(
         gradient: "reparam" or "score".
     """
     run = _run(rng, path, variables, log_prob, n, loc, scale_tril, gradient)
-    xp = backend_of(run.x).xp
+    backend = backend_of(run.x)
+    xp = backend.xp
     known = xp.isfinite(run.log_w)
-    log_p = log_prob(run.x)
-    log_q = xp.where(known, log_p - xp.where(known, run.log_w, xp.zeros_like(log_p)), xp.inf)
-    return Draw(run.x, run.log_w, log_q)
+    x = xp.where(known[:, None], run.x, backend.stop(run.x))  # whoever scores it there gets no derivative that is one
+    log_q = xp.where(known, run.log_prob - xp.where(known, run.log_w, xp.zeros_like(run.log_w)), xp.inf)
+    return Draw(x, run.log_w, log_q)
 
 
 def weighted(
@@ -155,22 +157,12 @@ def _run(
     scale_tril: Array | None,
     gradient: str,
 ) -> Run:
-    """Paths, and where they end in x."""
-
-    def out(w: Array) -> Array:
-        x = w if scale_tril is None else w @ scale_tril.T
-        return x if loc is None else loc + x
-
-    def pulled(w: Array) -> Array:
-        if scale_tril is None:
-            return log_prob(out(w))
-        xp = backend_of(w).xp
-        return log_prob(out(w)) + xp.sum(xp.log(xp.abs(xp.linalg.diagonal(scale_tril))))
-
+    """Paths, where they end in x, and the log density there."""
+    at = Placed(log_prob, loc, scale_tril)
     scored = gradient == "score" and any(isinstance(m, Moves) and m.kernel not in UNADJUSTED for m in path.layers)
-    run = path.forward(rng, variables, pulled, max(n, 2) if scored else n, attached=True)
-    run = run._replace(x=out(run.x))
+    run = path.forward(rng, variables, at, max(n, 2) if scored else n, attached=True)
+    run = run._replace(x=at.there(run.x), log_prob=run.log_prob - at.log_det)
     if not scored:
         return run
     run = with_decisions(run)
-    return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n])
+    return run._replace(x=run.x[:n], log_w=run.log_w[:n], log_choice=run.log_choice[:n], log_prob=run.log_prob[:n])

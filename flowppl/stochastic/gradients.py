@@ -8,12 +8,11 @@ from flowppl import tree, weights
 from flowppl.backend import Array, backend_of
 from flowppl.bijections.base import Bijection, bind
 from flowppl.flows.flow import exemplar
-from flowppl.kernels import init
 from flowppl.kernels.target import LogProb, is_possible
 from flowppl.objectives.reverse_kl import Estimate
 from flowppl.stochastic.moves import UNADJUSTED, Moves
 from flowppl.stochastic.path import Path, Run, finished, with_decisions
-from flowppl.stochastic.walk import At, begin, mapped, moved, resampled, there, to
+from flowppl.stochastic.walk import At, begin, known, log_weights, mapped, moved, resampled, there
 
 _RESAMPLE_BELOW = 0.5
 _ACCEPTANCE = {
@@ -90,8 +89,8 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
     xp = backend.xp
     bridge = path.bridge(backend.stop(params), log_prob, like)
     start, rng = backend.split(rng, 2)
-    at = begin(bridge, backend.stop(bridge.sample(start, n)), 0.0, True)
-    grads, seen, fisher = [], [], xp.zeros_like(at.log_w[0])
+    at = begin(bridge, backend.stop(bridge.sample(start, n)))
+    grads, seen, fisher = [], [], xp.zeros_like(at.ratio[0])
     rows = zip(
         path.layers, variables["params"]["layers"], variables["const"]["layers"], path.ends(params, like), strict=True
     )
@@ -106,12 +105,13 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
         fixed = backend.stop(mine)
         grads.append(tree.map(xp.zeros_like, fixed))
         if isinstance(layer, Moves):
-            at = resampled(choice, to(bridge, at, beta), _RESAMPLE_BELOW)
+            at = resampled(choice, bridge, known(bridge, at._replace(beta=beta), True), _RESAMPLE_BELOW)
             at, info = backend.stop(moved(key, bridge, at, layer, fixed))
             seen.append(info)
         else:
-            at = backend.stop(mapped(bridge, at, beta, *there(layer, key, fixed, at.walkers.x), True))
-    run = finished(to(bridge, at, xp.ones_like(at.beta)), seen)
+            at = mapped(at._replace(beta=beta), *there(layer, key, fixed, at.x))
+            at = backend.stop(known(bridge, at, True))
+    run = finished(bridge, at, seen)
     zeros = tree.map(xp.zeros_like, backend.stop(variables["params"]))
     whole = _led(path, {**zeros, "layers": tuple(grads)}, run.acceptance, _ACCEPTANCE)
     return _estimate(run, 1.0)._replace(fisher=fisher), whole
@@ -119,26 +119,27 @@ def by_layer(path: Path, variables: dict[str, Any], log_prob: LogProb, rng: Any,
 
 def _transported(layer: Bijection, params: Any, const: Any, bridge: Any, at: At, beta: Array) -> tuple[At, Array, Any]:
     """The paths after a map, E |difference of scores|^2, and the gradient of the map's divergence."""
-    backend = backend_of(at.log_w)
+    backend = backend_of(at.x)
     xp = backend.xp
-    before, after = bridge.at(at.beta), bridge.at(beta)
-    score = before.score(at.walkers)
+    if at.walkers is None:  # at the base
+        log_w, score = xp.zeros_like(at.ratio), backend.value_and_score(bridge.log_base, at.x)[1]
+    else:
+        log_w, score = log_weights(bridge, at), bridge.at(at.beta).score(at.walkers)
 
     def move(params: Any) -> tuple[Any, Array]:
         bound = bind({"params": params, "const": const})
-        y, log_det, score_y, _ = layer.forward_with_score(bound, at.walkers.x, score)
+        y, log_det, score_y, _ = layer.forward_with_score(bound, at.x, score)
         return (y, log_det), score_y
 
     (y, log_det), pull, score_y = backend.vjp(move, backend.stop(params), has_aux=True, once=True)
     y, log_det, score_y = backend.stop((y, log_det, score_y))
-    walkers = backend.stop(init(after, y))
-    gap = score_y - after.score(walkers)
-    fine = xp.all(xp.isfinite(gap), axis=-1) & is_possible(walkers.log_probs)
+    after = backend.stop(known(bridge, mapped(at, y, log_det)._replace(beta=beta), True))
+    gap = score_y - bridge.at(beta).score(after.walkers)
+    fine = xp.all(xp.isfinite(gap), axis=-1) & is_possible(after.walkers.log_probs)
     gap = xp.where(fine[:, None], gap, xp.zeros_like(gap))
-    share = weights.normalize(xp.where(fine, at.log_w, -xp.inf))[:, None]
+    share = weights.normalize(xp.where(fine, log_w, -xp.inf))[:, None]
     (grads,) = pull((share * gap, xp.zeros_like(log_det)))
-    log_w = at.log_w + after.log_prob(walkers) - before.log_prob(at.walkers) + log_det
-    return At(walkers, log_w, beta, at.log_choice), xp.sum(share * gap * gap), grads
+    return after, xp.sum(share * gap * gap), grads
 
 
 def _finite(run: Run) -> tuple[Array, Array]:

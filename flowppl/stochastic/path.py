@@ -19,12 +19,24 @@ from flowppl.errors import DimensionError
 from flowppl.flows import Flow, Recipe
 from flowppl.flows.bases import Base, Normal
 from flowppl.flows.flow import exemplar
-from flowppl.kernels import Info
-from flowppl.kernels.target import LogProb, is_possible
+from flowppl.kernels import Info, Walkers
+from flowppl.kernels.target import LogProb
 from flowppl.stochastic.annealing import Bridge
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.moves import Moves
-from flowppl.stochastic.walk import At, back, begin, mapped, moved, resampled, there, to
+from flowppl.stochastic.walk import (
+    At,
+    back,
+    begin,
+    begin_back,
+    counted,
+    known,
+    log_weights,
+    mapped,
+    moved,
+    resampled,
+    there,
+)
 
 
 class Run(NamedTuple):
@@ -37,12 +49,14 @@ class Run(NamedTuple):
             draws of the target the mean of 1 / weight is one of its inverse.
         log_choice: Log-probability of all decisions, `(n,)`; see `flowppl.kernels.Info`.
         acceptance: The mean one in each stochastic layer, `(moves,)`.
+        log_prob: Log density of the target at their end there, `(n,)`.
     """
 
     x: Array
     log_w: Array
     log_choice: Array
     acceptance: Array
+    log_prob: Array
 
 
 def with_decisions(run: Run) -> Run:
@@ -164,37 +178,36 @@ class Path(Configured):
         params, like = bind(variables), exemplar(variables)
         bridge = self.bridge(params, log_prob, like, **options)
         start, rng = backend_of(like).split(rng, 2)
-        at = begin(bridge, bridge.sample(start, n), 0.0, self._scored(0))
+        at = begin(bridge, bridge.sample(start, n))
         seen = []
         for i, (layer, mine, (_, beta)) in enumerate(
             zip(self.layers, params["layers"], self.ends(params, like), strict=True)
         ):
             choice, key, rng = backend_of(like).split(rng, 3)
             if isinstance(layer, Moves):
-                at = resampled(choice, to(bridge, at, beta), resample_below)
+                at = resampled(choice, bridge, known(bridge, at._replace(beta=beta), self._scored(i)), resample_below)
                 at, info = moved(key, bridge, at, layer, mine)
                 seen.append(info)
             else:
-                at = mapped(bridge, at, beta, *there(layer, key, mine, at.walkers.x), self._scored(i + 1))
-        return finished(to(bridge, at, backend_of(like).asarray(1.0, like)), seen)
+                at = mapped(at, *there(layer, key, mine, at.x))
+        return finished(bridge, at, seen)
 
     def backward(self, rng: Any, variables: dict[str, Any], log_prob: LogProb, x: Array, **options: Any) -> Run:
         """Draws paths back from points of the target `(n, dim)` to the base; see `forward`."""
         params, backend = bind(variables), backend_of(x)
         bridge = self.bridge(params, log_prob, x, **options)
-        at = begin(bridge, x, 1.0, self._scored(len(self.layers) - 1, -1))
+        at = start = begin_back(bridge, x, self._scored(len(self.layers) - 1, -1))
         seen: list[Info] = []
         rows = list(enumerate(zip(self.layers, params["layers"], self.ends(params, x), strict=True)))
-        for i, (layer, mine, (before, after)) in reversed(rows):
+        for i, (layer, mine, (_, beta)) in reversed(rows):
             key, rng = backend.split(rng, 2)
-            at = to(bridge, at, after)
             if isinstance(layer, Moves):
+                at = known(bridge, at._replace(beta=beta), self._scored(i, -1))
                 at, info = moved(key, bridge, at, layer, mine)
                 seen.insert(0, info)
             else:
-                at = mapped(bridge, at, before, *back(layer, key, mine, at.walkers.x), self._scored(i - 1, -1))
-        run = finished(to(bridge, at, backend.asarray(0.0, x)), seen)
-        return run._replace(log_w=-run.log_w)
+                at = mapped(at, *back(layer, key, mine, at.x))
+        return _run(at, -counted(at.ratio + bridge.log_base(at.x)), start.walkers, seen)
 
     def _scored(self, i: int, step: int = 1) -> bool:
         """Whether the moves from a layer on, until a map, need scores."""
@@ -205,13 +218,16 @@ class Path(Configured):
         return False
 
 
-def finished(at: At, seen: list[Info]) -> Run:
-    """Paths at their end, with what was seen of the moves; those that led nowhere have no weight."""
-    xp = backend_of(at.log_w).xp
-    fine = is_possible(at.walkers.log_probs) & ~xp.isnan(at.log_w)
-    log_w = xp.where(fine, at.log_w, -xp.inf)
+def finished(bridge: Bridge, at: At, seen: list[Info]) -> Run:
+    """Paths at the target, with what was seen of the moves."""
+    at = known(bridge, at._replace(beta=backend_of(at.x).xp.ones_like(at.beta)), False)
+    return _run(at, log_weights(bridge, at), at.walkers, seen)
+
+
+def _run(at: At, log_w: Array, at_target: Walkers, seen: list[Info]) -> Run:
+    xp = backend_of(log_w).xp
     acceptance = xp.stack([xp.mean(info.acceptance) for info in seen]) if seen else xp.zeros_like(log_w[:0])
-    return Run(at.walkers.x, log_w, at.log_choice, acceptance)
+    return Run(at.x, log_w, at.log_choice, acceptance, at_target.log_probs[:, 1])
 
 
 def snf(layers: Sequence[str | Recipe | Flow | Bijection | Diffusion | Moves], dim: int, **options: Any) -> Path:

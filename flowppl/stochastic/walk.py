@@ -7,40 +7,66 @@ from typing import Any, NamedTuple
 from flowppl import weights
 from flowppl.backend import Array, backend_of
 from flowppl.bijections.base import Bijection
-from flowppl.kernels import Info, Walkers, init
+from flowppl.kernels import Info, init
 from flowppl.stochastic.annealing import Bridge, taken
 from flowppl.stochastic.diffusion import Diffusion
 from flowppl.stochastic.moves import UNADJUSTED, Moves
+
+_MOST = 1e20  # a larger log-weight, in size, is that of a path to or from where there is no density
 
 
 class At(NamedTuple):
     """Where paths are.
 
+    Their weights are kept without the density of the bridge there, which is asked for only where moves or an end need it: a map
+    between needs none.
+
     Attributes:
-        walkers: Their ends.
-        log_w: Log-weights for the density of the bridge there, `(n,)`.
-        beta: Which that is.
+        x: Their ends, `(n, dim)`.
+        ratio: Log-weights less the log density of the bridge there, `(n,)`.
+        beta: Which density that is.
         log_choice: See `Run`.
+        walkers: `Walkers` at x, with what is known of it; None at the base and after a map.
     """
 
-    walkers: Walkers
-    log_w: Array
+    x: Array
+    ratio: Array
     beta: Array
     log_choice: Array
+    walkers: Any
 
 
-def begin(bridge: Bridge, x: Array, beta: float, with_scores: bool) -> At:
-    """Paths of weight one at draws of the bridge's density at beta."""
+def begin(bridge: Bridge, x: Array) -> At:
+    """Paths of weight one at draws of the base."""
     backend = backend_of(x)
-    here = backend.asarray(beta, x)
-    walkers = init(bridge.at(here), x, with_scores=with_scores)
-    zero = backend.xp.zeros_like(walkers.log_probs[:, 0])
-    return At(walkers, zero, here, zero)
+    log_base = bridge.log_base(x)
+    return At(x, -log_base, backend.asarray(0.0, x), backend.xp.zeros_like(log_base), None)
 
 
-def to(bridge: Bridge, at: At, beta: Array) -> At:
-    """The same paths, weighted for another density."""
-    return at._replace(log_w=at.log_w + bridge.step(at.walkers, at.beta, beta), beta=beta)
+def begin_back(bridge: Bridge, x: Array, with_scores: bool) -> At:
+    """Paths of weight one at draws of the target."""
+    backend = backend_of(x)
+    zero = backend.xp.zeros_like(x[:, 0])
+    at = known(bridge, At(x, zero, backend.asarray(1.0, x), zero, None), with_scores)
+    return at._replace(ratio=-bridge.at(at.beta).log_prob(at.walkers))
+
+
+def known(bridge: Bridge, at: At, with_scores: bool) -> At:
+    """The same paths with what is to be known of their ends."""
+    if at.walkers is not None:
+        return at
+    return at._replace(walkers=init(bridge.at(at.beta), at.x, with_scores=with_scores))
+
+
+def log_weights(bridge: Bridge, at: At) -> Array:
+    """The log-weights of known paths for the density of the bridge `(n,)`; -inf for those that led nowhere."""
+    return counted(at.ratio + bridge.at(at.beta).log_prob(at.walkers))
+
+
+def counted(log_w: Array) -> Array:
+    """Log-weights; -inf where they are not a number, or where a path met a point without a density that counts."""
+    xp = backend_of(log_w).xp
+    return xp.where(xp.abs(log_w) < _MOST, log_w, -xp.inf)
 
 
 def there(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple[Array, Array]:
@@ -53,38 +79,36 @@ def back(layer: Bijection | Diffusion, rng: Any, params: Any, x: Array) -> tuple
     return layer.inverse(params, x) if isinstance(layer, Bijection) else layer.backward(rng, params, x)
 
 
-def mapped(bridge: Bridge, at: At, beta: Array, x: Array, log_det: Array, with_scores: bool) -> At:
-    """The paths after a map to x with log-determinants, weighted for the density at beta."""
-    target = bridge.at(beta)
-    walkers = init(target, x, with_scores=with_scores)
-    ratio = target.log_prob(walkers) - bridge.at(at.beta).log_prob(at.walkers) + log_det
-    return at._replace(walkers=walkers, log_w=at.log_w + ratio, beta=beta)
+def mapped(at: At, x: Array, log_det: Array) -> At:
+    """The paths after a map to x with log-determinants."""
+    return at._replace(x=x, ratio=at.ratio + log_det, walkers=None)
 
 
-def resampled(rng: Any, at: At, below: float) -> At:
-    """Paths of one weight, where the effective share of them is below a number."""
+def resampled(rng: Any, bridge: Bridge, at: At, below: float) -> At:
+    """Paths of one weight, where the effective share of the known ones is below a number."""
     if below <= 0:
         return at
-    backend = backend_of(at.log_w)
-    log_w = backend.stop(at.log_w)
+    backend = backend_of(at.x)
+    log_w = backend.stop(log_weights(bridge, at))
 
     def again(at: At) -> At:
         index = weights.resample_systematic(rng, log_w)
-        level = backend.xp.zeros_like(log_w) + weights.log_mean_exp(log_w)
-        return At(taken(at.walkers, index), level, at.beta, at.log_choice[index])
+        walkers = taken(at.walkers, index)
+        ratio = weights.log_mean_exp(log_w) - bridge.at(at.beta).log_prob(walkers)
+        return At(walkers.x, ratio, at.beta, at.log_choice[index], walkers)
 
     return backend.cond(weights.ess(log_w) < below * log_w.shape[0], again, lambda at: at, at)
 
 
 def moved(rng: Any, bridge: Bridge, at: At, layer: Moves, params: Any) -> tuple[At, Info]:
-    """The paths after moves at their density. What of these is not reversible counts, backwards as well."""
+    """Known paths after moves at their density, of which what is not reversible counts, backwards as well."""
     target = bridge.at(at.beta)
     walkers, info = layer.apply(rng, params, target, at.walkers)
-    # Zero for steps that leave the density invariant.
-    excess = info.log_ratio - (target.log_prob(at.walkers) - target.log_prob(walkers))
     if layer.kernel in UNADJUSTED:
+        # Zero for steps that leave the density invariant.
+        excess = info.log_ratio - (target.log_prob(at.walkers) - target.log_prob(walkers))
         xp = backend_of(excess).xp
         lost = xp.isnan(excess)
         share = xp.exp(xp.clip(xp.where(lost, xp.zeros_like(excess), excess) / layer.repeats, None, 0.0))
         info = info._replace(acceptance=xp.where(lost, xp.zeros_like(share), share))
-    return At(walkers, at.log_w + excess, at.beta, at.log_choice + info.log_choice), info
+    return At(walkers.x, at.ratio + info.log_ratio, at.beta, at.log_choice + info.log_choice, walkers), info

@@ -129,6 +129,29 @@ def test_a_value_that_was_not_drawn_has_no_density():
         AutoSNF(regress, path).get_transform({})
 
 
+def walled(mild):
+    """A normal before a wall, beyond which derivatives are no numbers, unless it is a mild one."""
+    x = numpyro.sample("x", dist.Normal())
+    numpyro.factor("wall", jnp.where(x < 1.0, 0.0, -jnp.inf) if mild else jnp.log((x < 1.0) + 0 * x))
+
+
+def test_paths_that_went_astray_count_for_nothing():
+    """Their derivatives, in the ELBO of NumPyro; the gradient is that of the other paths."""
+    start = init_to_value(values={"x": 0.0})
+
+    def gradient(mild):
+        guide = AutoSNF(walled, snf.LAYERS, init_loc_fn=start, init_scale=1.0)
+        svi = SVI(walled, guide, recording(0.1), Trace_ELBO(num_particles=50))
+        state = svi.init(jax.random.key(0), mild)
+        after, loss = jax.jit(lambda state: svi.update(state, mild))(state)
+        assert not jnp.isfinite(loss)
+        return {name: g for name, g in after.optim_state[1][1].items() if name.endswith("$params")}
+
+    found, expected = (ravel_pytree(gradient(mild))[0] for mild in (False, True))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert jnp.isfinite(expected).all() and jnp.abs(expected).max() > 1e-3
+
+
 def minibatches():
     numpyro.sample("x", dist.Normal())
     with numpyro.plate("rows", 12, subsample_size=BATCH) as index:

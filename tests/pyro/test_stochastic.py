@@ -161,6 +161,29 @@ def test_enumerated_sites():
     assert abs(found - own) < 4 * 5**0.5 * own_error
 
 
+def walled(mild):
+    """A normal before a wall, beyond which derivatives are no numbers, unless it is a mild one."""
+    x = pyro.sample("x", dist.Normal(X.new_zeros(()), 1.0))
+    pyro.factor("wall", torch.where(x < 1.0, 0.0, -torch.inf) if mild else torch.log((x < 1.0) + 0 * x))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered .inf")
+def test_paths_that_went_astray_count_for_nothing():
+    """Their derivatives, in the ELBO of Pyro; the gradient is that of the other paths."""
+
+    def gradient(mild):
+        pyro.set_rng_seed(0)
+        guide = AutoSNF(walled, snf.LAYERS, init_scale=1.0).setup(mild)
+        pyro.set_rng_seed(1)
+        loss = Trace_ELBO(50, vectorize_particles=True, max_plate_nesting=0).differentiable_loss(walled, guide, mild)
+        assert not torch.isfinite(loss)
+        return torch.autograd.grad(loss, list(guide.parameters()))
+
+    for found, expected in zip(gradient(False), gradient(True), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        assert torch.isfinite(expected).all() and expected.abs().max() > 1e-5
+
+
 def minibatches():
     regress(X, Y, BATCH)
 
