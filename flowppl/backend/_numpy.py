@@ -131,6 +131,11 @@ def _no_derivatives(*_: Any, **__: Any) -> NoReturn:
 vjp = value_and_grad = value_and_score = _no_derivatives
 
 
+def shielded(f: Callable, x: Array) -> tuple[Array, ...]:
+    """f(x) itself: numpy has no derivatives."""
+    return f(x)
+
+
 def implicit(step: Callable, args: Tree, x: Array, *, max_steps: int, tol: float) -> Array:
     """The solution x itself: numpy has no derivatives."""
     return x
