@@ -5,9 +5,9 @@
 Flows of dimension 16 (autoregressive ones also 64), batch 512, float32, one thread, one process for each framework; the three steps
 take turns, and only times of the same turn are divided. "Cheap": a standard normal target; "likelihood": a logistic regression of
 2000 observations. "Twice": the draw is scored once more with its parameters held still, by the inverse, as
-other libraries do; "one by one" for the inverse of autoregressive flows as those have it, a sweep for each coordinate. "Compiled":
-one layer of couplings by `torch.compile`, from which no more than its results come out. In jax, "operations" and "memory" are ratios of the compiler's own counts (it counts the body of a loop once, in
-each of the steps).
+other libraries do; "one by one": by the inverse of autoregressive flows as those have it, a sweep for each coordinate. "Compiled":
+one layer of couplings, its loss and gradient by `torch.compile`. In jax, "operations" and "memory" are ratios of the compiler's own
+counts (it counts the body of a loop once, in each of the steps).
 """
 
 from __future__ import annotations
