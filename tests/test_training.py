@@ -266,6 +266,18 @@ def test_covering_tails_does_not_put_it_behind_its_start_either(backend, monkeyp
     assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
 
 
+@pytest.mark.parametrize(("lighter", "levels"), [((True,), [0.2]), ((False, True), [0.2, 0.05])])
+def test_smaller_steps_follow_where_covering_tails_fails(backend, monkeypatch, lighter, levels):
+    """And only there; what is kept is the end of the last attempt."""
+    answers, draws = iter(lighter), []
+    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
+    monkeypatch.setattr(fitting, "_lighter", lambda new, old: draws.append(new) or next(answers))
+    options = Options(num_particles=8, max_steps=80, chunk=10)
+    fit = fit_flow(problem(backend), 0, options, num_samples=200)
+    assert [record.move.level for record in fit.history][-4 * len(levels) :: 4] == levels
+    np.testing.assert_array_equal(fit.draws[1], draws[-1][1])
+
+
 def test_a_mode_counts_by_the_mass_that_the_flow_misses(backend):
     """One percent of the mass far out is no mode, however far it is; five percent are."""
     xp = backend.xp
