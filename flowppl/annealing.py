@@ -22,7 +22,9 @@ from flowppl.kernels import Known, hmc
 from flowppl.stochastic import Bridge, Schedule, anneal, tune
 from flowppl.training import seed_of
 
-_ISLAND = 500  # particles that share a run
+_MANY, _HIGH, _FEWER = 10_000, 300, 2000  # draws where none are asked for, and those beyond so many dimensions
+_ISLANDS = 20  # independent runs, at least, where each has particles enough
+_SMALLEST, _LARGEST = 100, 500  # particles of one
 _TEMPERATURES = 8  # at least
 _TUNING, _BASE, _RUNS = 0, 1, 2  # streams of random numbers
 
@@ -69,7 +71,7 @@ def anneal_flow(
     seed: int,
     *,
     variables: dict[str, Any] | None = None,
-    num_samples: int = 10_000,
+    num_samples: int | None = None,
     num_steps: int = 8,
     step_ess: float = 0.95,
     checkpoint: str | None = None,
@@ -84,7 +86,8 @@ def anneal_flow(
         problem: The posterior, and a flow that ends with an affine layer.
         seed: Of everything.
         variables: Of the flow; None for the normal approximation of the posterior.
-        num_samples: Draws, made by islands of 500 particles, whose evidences tell the error.
+        num_samples: Draws, made by islands of particles, whose evidences tell the error; None for 10 000, in more than 300
+            dimensions 2000.
         num_steps: Leapfrog steps at each temperature.
         step_ess: See `flowppl.stochastic.tune`.
         checkpoint: A file that keeps the islands that are done.
@@ -92,7 +95,70 @@ def anneal_flow(
 
     Raises:
         UnsupportedModelError: the flow's base is not normal or Student-t.
+        ValueError: `num_samples` is not positive.
     """
+    flow, like, backend = problem.flow, problem.like, backend_of(problem.like)
+    n = (_FEWER if flow.dim > _HIGH else _MANY) if num_samples is None else num_samples
+    if n < 1:
+        raise ValueError(f"num_samples must be positive, got {n}")
+    size = min(max(-(-n // _ISLANDS), _SMALLEST), _LARGEST)
+    islands = range(-(-n // size))
+    variables = _start(problem, seed, variables)
+    bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
+
+    def together(x: np.ndarray, log_w: np.ndarray) -> Draws:
+        return x.reshape(-1, flow.dim)[:n], log_w.reshape(-1)[:n]
+
+    def first(rng: Any) -> tuple[Array, Array]:
+        z = bridge.sample(rng, size)
+        return flow.push(variables, z).x, bridge.log_prob(z) - bridge.log_base(z)
+
+    with tqdm(total=len(islands) + 1, disable=not progress_bar, unit="run") as bar:
+        bar.set_description_str("temperatures")
+        schedule = tune(
+            backend.rng(seed_of(seed, _TUNING), like),
+            bridge,
+            kernel,
+            like,
+            n=size,
+            step_ess=step_ess,
+            min_temperatures=_TEMPERATURES,
+            progress=lambda beta: bar.set_postfix_str(f"beta {beta:.3g}"),
+        )
+        bar.update()
+        bar.set_description_str(f"{len(schedule.betas)} temperatures")
+        fixed = tuple(backend.asarray(backend.xp.asarray(a), like) for a in schedule)
+
+        def island(rng: Any) -> tuple:
+            found = anneal(rng, bridge, kernel, fixed, size)
+            return flow.push(variables, found.x).x, *found[1:]
+
+        start = together(
+            *map(np.stack, zip(*_each(first, like, (seed_of(seed, _BASE, i) for i in islands)), strict=True))
+        )
+        # The start stands for model and data, whose schedules may be alike.
+        data = [f"{a[np.isfinite(a)].mean():.9g}" for a in start]
+        task = {"flow": describe(flow), "seed": seed, "num_samples": n, "num_steps": num_steps}
+        memory = checkpoint and Checkpoint(checkpoint, {**task, "step_ess": step_ess, "data": data})
+        shapes = [(size, flow.dim), (size,), *[schedule.betas.shape] * 3]
+        found = [np.zeros((len(islands), *shape)) for shape in shapes]
+        done = 0
+        if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
+            done, found = int(state[0]["done"]), state[0]["found"]
+            bar.update(done)
+        for i, arrays in enumerate(_each(island, like, (seed_of(seed, _RUNS, i) for i in islands[done:])), done):
+            for all_of_them, one in zip(found, arrays, strict=True):
+                all_of_them[i] = one
+            if memory:
+                memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
+            bar.update()
+    x, log_w, *seen = found
+    log_z = weights.log_mean_exp(log_w)
+    return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
+
+
+def _start(problem: Problem, seed: int, variables: dict[str, Any] | None) -> dict[str, Any]:
+    """These variables of the flow, or those with which it is the normal approximation; refuses a base that it cannot start from."""
     flow, like, backend = problem.flow, problem.like, backend_of(problem.like)
     if not isinstance(flow.base, Normal | StudentT):
         raise UnsupportedModelError(
@@ -103,63 +169,14 @@ def anneal_flow(
         normal = problem.normal(seed)
         ours = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
         variables = place(flow, flow.init(backend.rng(seed, like), like), *ours)
-    variables = backend.stop(variables)
-    bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
-    islands = -(-num_samples // _ISLAND)
+    return backend.stop(variables)
 
-    def runs(f: Callable[[Any], Any], stream: int, start: int = 0) -> Iterator[list[np.ndarray]]:
-        """What f gives for random numbers of each island."""
-        rngs = [backend.rng(seed_of(seed, stream, i), like) for i in range(start, islands)]
-        for arrays in backend.each(f, rngs):
-            yield [np.asarray(backend.to_numpy(a), np.float64) for a in arrays]
 
-    def together(x: np.ndarray, log_w: np.ndarray) -> Draws:
-        return x.reshape(-1, flow.dim)[:num_samples], log_w.reshape(-1)[:num_samples]
-
-    def first(rng: Any) -> tuple[Array, Array]:
-        z = bridge.sample(rng, _ISLAND)
-        return flow.push(variables, z).x, bridge.log_prob(z) - bridge.log_base(z)
-
-    with tqdm(total=islands + 1, disable=not progress_bar, unit="run") as bar:
-        bar.set_description_str("temperatures")
-        schedule = tune(
-            backend.rng(seed_of(seed, _TUNING), like),
-            bridge,
-            kernel,
-            like,
-            n=_ISLAND,
-            step_ess=step_ess,
-            min_temperatures=_TEMPERATURES,
-            progress=lambda beta: bar.set_postfix_str(f"beta {beta:.3g}"),
-        )
-        bar.update()
-        bar.set_description_str(f"{len(schedule.betas)} temperatures")
-        fixed = tuple(backend.asarray(backend.xp.asarray(a), like) for a in schedule)
-
-        def island(rng: Any) -> tuple:
-            found = anneal(rng, bridge, kernel, fixed, _ISLAND)
-            return flow.push(variables, found.x).x, *found[1:]
-
-        shapes = [(_ISLAND, flow.dim), (_ISLAND,), *[schedule.betas.shape] * 3]
-        found = [np.zeros((islands, *shape)) for shape in shapes]
-        start = together(*(np.stack(a) for a in zip(*runs(first, _BASE), strict=True)))
-        # The start stands for model and data, whose schedules may be alike.
-        data = [f"{a[np.isfinite(a)].mean():.9g}" for a in start]
-        task = {"flow": describe(flow), "seed": seed, "num_samples": num_samples, "num_steps": num_steps}
-        memory = checkpoint and Checkpoint(checkpoint, {**task, "step_ess": step_ess, "data": data})
-        done = 0
-        if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
-            done, found = int(state[0]["done"]), state[0]["found"]
-            bar.update(done)
-        for i, arrays in enumerate(runs(island, _RUNS, done), done):
-            for all_of_them, one in zip(found, arrays, strict=True):
-                all_of_them[i] = one
-            if memory:
-                memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
-            bar.update()
-    x, log_w, *seen = found
-    log_z = weights.log_mean_exp(log_w)
-    return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
+def _each(f: Callable[[Any], Any], like: Array, seeds: Iterable[int]) -> Iterator[list[np.ndarray]]:
+    """What f gives for the random numbers of each seed."""
+    backend = backend_of(like)
+    for arrays in backend.each(f, [backend.rng(seed, like) for seed in seeds]):
+        yield [np.asarray(backend.to_numpy(a), np.float64) for a in arrays]
 
 
 def _bridge(problem: Problem, variables: dict[str, Any]) -> Bridge:

@@ -20,6 +20,7 @@ from flowppl.diagnostics.compare import Evidence, evidence
 from flowppl.flows import Flow, Recipe
 from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
+from flowppl.kernels.target import Placed
 from flowppl.laplace import NormalApproximation
 from flowppl.objectives.covering import chi_square, wider
 from flowppl.objectives.minibatches import minibatches_of
@@ -34,6 +35,7 @@ _COVERING = [annealed(chunks=4, level=level) for level in (0.2, 0.05)]  # then; 
 _PRICE = 0.5  # the share of the effective sample size that a lighter tail of the weights may cost
 _DRAWS, _COVER = 1, 2  # streams of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
+_OUTLYING = 0.05  # the share of draws, with the least weights, that say nothing of a posterior's scales
 _NEGLIGIBLE = 0.02  # the share of the posterior's mass that may be missed
 _MISSED = 3.0  # nats by which a flow's density is too low where it misses mass
 
@@ -192,28 +194,20 @@ def _run(
     progress: Callable[[Sequence[Record]], None],
 ) -> Fit:
     flow, backend = problem.flow, backend_of(problem.like)
-    xp = backend.xp
     start = _as_normal(problem, start, normal)
     before = draw(start)
     if warm is not None and _elbo(again := draw(warm)) > _elbo(before):
         start, before = warm, again
-        centred = again[0] - again[0].mean(0)
-        normal = normal._replace(
-            loc=again[0].mean(0), scale_tril=np.linalg.cholesky(centred.T @ centred / len(centred))
-        )
+        loc, scale_tril = _moments(again)
+        normal = normal._replace(loc=loc, scale_tril=scale_tril)
 
     # The density is whitened by the normal, so that step sizes mean the same for all posteriors.
     loc, scale = whitening(flow, *(_like(problem, a) for a in normal[:2]))
-    # Of shape (1,): a scalar is compiled in, even where jax makes constants arguments, and serves these data alone.
-    log_det = xp.sum(xp.log(xp.linalg.diagonal(scale)), keepdims=True)
     inverse = _like(problem, np.tril(np.linalg.inv(np.asarray(backend.to_numpy(scale), np.float64))))
-
-    def whitened(w: Array) -> Array:
-        return problem.log_prob(loc + w @ scale.T) + log_det
-
+    whitened = Placed(problem.log_prob, loc, scale)
     minibatches = None
     if (one := problem.minibatch) is not None:
-        minibatches = minibatches_of(lambda rng, w: one(rng, loc + w @ scale.T) + log_det, whitened, problem.like)
+        minibatches = minibatches_of(lambda rng, w: Placed(partial(one, rng), loc, scale)(w), whitened, problem.like)
 
     def gradient(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
         rng, log_prob = minibatches(rng) if minibatches else (rng, whitened)
@@ -281,6 +275,14 @@ def _lighter(new: Draws, old: Draws) -> bool:
     """Whether the weights' tail is lighter, not at the price of most draws."""
     found, before = _evidence(new), _evidence(old)
     return found.khat < before.khat and found.ess > _PRICE * before.ess
+
+
+def _moments(draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and Cholesky factor of the covariance, without the draws that reach further or are where the density is least."""
+    x, log_w = (a[np.arange(len(a)) % _WIDE != 0] for a in draws)
+    x = x[log_w >= np.quantile(log_w, _OUTLYING)]
+    centred = x - x.mean(0)
+    return x.mean(0), np.linalg.cholesky(centred.T @ centred / len(x))
 
 
 def _elbo(draws: Draws) -> float:

@@ -536,3 +536,15 @@ def test_flows_are_compared_by_their_own_draws():
     assert fitting._elbo((x, far)) == fitting._elbo((x, log_w)) == pytest.approx(log_w.mean(), abs=0.05)
     log_w[31] = -np.inf
     assert fitting._elbo((x, log_w)) == -np.inf
+
+
+def test_moments_do_not_heed_draws_without_density():
+    """What a warm start whitens by: draws that lie far out, where p has next to nothing, once spoilt it."""
+    rng = np.random.default_rng(0)
+    scale = np.linalg.cholesky(np.array([[4.0, 1.0], [1.0, 1.0]]))
+    x, log_w = 3.0 + rng.normal(size=(20_000, 2)) @ scale.T, 0.1 * rng.normal(size=20_000)
+    wild = rng.random(20_000) < 0.03
+    x[wild], log_w[wild] = 1e9 * rng.normal(size=(wild.sum(), 2)), -1e15
+    loc, scale_tril = fitting._moments((x, log_w))
+    np.testing.assert_allclose(loc, 3.0, atol=0.1)
+    np.testing.assert_allclose(scale_tril, scale, atol=0.1)

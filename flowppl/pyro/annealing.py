@@ -22,7 +22,7 @@ def anneal(
     *args: Any,
     start: Posterior | None = None,
     seed: int = 0,
-    num_samples: int = 10_000,
+    num_samples: int | None = None,
     num_steps: int = 8,
     step_ess: float = 0.95,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -41,8 +41,8 @@ def anneal(
         args: Its positional arguments.
         start: A `Posterior` of `fit`, of the same model, whose flow to start from; None for a normal, by Pathfinder.
         seed: Of everything.
-        num_samples: Number of weighted draws, made by islands of 500, which the processes of a `torch.distributed` group share: all
-            of them have to make this call.
+        num_samples: Number of weighted draws, made by islands of 100 to 500, which the processes of a `torch.distributed` group
+            share: all of them have to make this call. None for 10 000, in more than 300 dimensions 2000.
         num_steps: Leapfrog steps of HMC at each temperature.
         step_ess: The effective share of the particles that a step to the next temperature leaves: closer to one, more
             temperatures.
@@ -53,6 +53,7 @@ def anneal(
 
     Raises:
         UnsupportedModelError: the model has latents that a flow cannot cover, or angles.
+        ValueError: `num_samples` is not positive.
         NonFiniteError: its log density is finite at no start.
         CheckpointError: the checkpoint is of another run.
 
