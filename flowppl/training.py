@@ -96,11 +96,11 @@ class State(NamedTuple):
 
 
 class Memory(Protocol):
-    """What an interrupted run goes on from."""
+    """What an interrupted run goes on from: its state, a tree of arrays such as `State`, and the records that led to it."""
 
-    def load(self, template: State) -> tuple[State, list[Record]] | None: ...
+    def load(self, template: Any) -> tuple[Any, list[Record]] | None: ...
 
-    def save(self, state: State, history: Sequence[Record]) -> None: ...
+    def save(self, state: Any, history: Sequence[Record]) -> None: ...
 
 
 def train(

@@ -78,7 +78,7 @@ def test_guide_methods_agree(name: str) -> None:
     assert ours - {"args"} == theirs - {"args"}
 
 
-@pytest.mark.parametrize("name", ["get_posterior", "precondition", "sample_posterior", "weighted"])
+@pytest.mark.parametrize("name", ["get_posterior", "precondition", "sample_posterior", "train_path", "weighted"])
 def test_stochastic_guide_methods_agree(name: str) -> None:
     ours, theirs = (set(_parameters(getattr(front.AutoSNF, name))) for front in _fronts())
     assert ours - {"rng"} == theirs - {"rng"}

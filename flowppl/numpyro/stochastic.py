@@ -17,7 +17,7 @@ from numpyro.infer.initialization import init_to_median
 
 from flowppl.annealing import refuse_angles
 from flowppl.errors import PathDensityError
-from flowppl.fitting import Fit
+from flowppl.fitting import Fit, shown
 from flowppl.laplace import NormalApproximation
 from flowppl.numpyro.density import LogDensity
 from flowppl.numpyro.flat_guide import FlatGuide
@@ -27,6 +27,8 @@ from flowppl.numpyro.sites import is_angle, is_latent, look
 from flowppl.plates import refuse_minibatches
 from flowppl.stochastic import Path
 from flowppl.stochastic.draws import LAYERS, Layers, check_gradient, check_layers, draw, ends, path_of, placed, weighted
+from flowppl.stochastic.training import OPTIONS, train_placed
+from flowppl.training import Options, Record
 
 Array = Any
 
@@ -130,9 +132,9 @@ class AutoSNF(FlatGuide):
 
     Paths start at a normal and pass by densities base^(1 - beta) p^beta, as those of NumPyro's `AutoDAIS` do; maps between shorten
     the way. Losses such as `Trace_ELBO` see log p - log q = log_w, the log-weight of the path: minus the loss is E log_w, at most
-    the log evidence. `weighted` gives the draws with their weights, which are exact whatever the training. A step asks for the
-    model's gradient once for each step of the dynamics, of all of the data and twice differentiable, so that it costs much more
-    than one of `AutoFlow`.
+    the log evidence. `train_path` trains each map alone, which takes any moves and costs less. `weighted` gives the draws with
+    their weights, which are exact whatever the training. A step of `SVI` asks for the model's gradient once for each step of the
+    dynamics, of all of the data and twice differentiable, so that it costs much more than one of `AutoFlow`.
 
     The path is one of coordinates in which `init_loc_fn`'s point is zero and `init_scale` one, or what `precondition` finds: a
     posterior whose scales differ needs that. A shift and scales of the base train too. Densities are those given the arguments of
@@ -148,6 +150,7 @@ class AutoSNF(FlatGuide):
 
     Attributes:
         preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
+        history: What `train_path` saw, a `flowppl.training.Record` of each chunk of steps.
 
     Raises:
         UnknownFlowError: no recipe has this name.
@@ -184,6 +187,7 @@ class AutoSNF(FlatGuide):
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         self._layers, self._gradient, self._init_scale = check_layers(layers), check_gradient(gradient), init_scale
         self.preconditioned: NormalApproximation | None = None
+        self.history: list[Record] = []
         super().__init__(model, prefix, init_loc_fn)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -267,6 +271,60 @@ class AutoSNF(FlatGuide):
         self.preconditioned = self._normal(rng, args, kwargs)
         return as_params(self._path_name, self._variables(rng))
 
+    def train_path(
+        self,
+        params: dict[str, Any],
+        *args: Any,
+        by: str = "layer",
+        seed: int = 0,
+        options: Options = OPTIONS,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Trains the path by layer, in place of `SVI` or before it: each map alone takes the density before it to that behind it.
+
+        No derivative goes through the moves, so that those which accept or reject are as good as others, and the model's gradient
+        is asked for once in each step of the dynamics. The base stays where it is, and the model's own parameters as they are.
+        Arbel, Matthews & Doucet 2021, "Annealed flow transport Monte Carlo"; Matthews et al. 2022, "Continual repeated annealed
+        flow transport Monte Carlo".
+
+        Args:
+            params: The guide's parameters, such as `precondition` returns, and the model's.
+            args: The model's arguments; none for those that the guide met first.
+            by: "layer", or "energy" for all layers together; see `flowppl.stochastic.train_path`.
+            seed: Of all draws.
+            options: How to train.
+            progress_bar: Whether to show how it goes.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The parameters, with those of the path trained.
+
+        Raises:
+            ValueError: `by` is neither of these.
+
+        Example:
+            >>> import jax, numpyro, numpyro.distributions as dist
+            >>> from flowppl.numpyro import AutoSNF
+            >>> from flowppl.stochastic import Moves
+            >>> from flowppl.training import Options
+            >>> def model():
+            ...     scale = numpyro.sample("scale", dist.HalfNormal(3.0))
+            ...     numpyro.sample("x", dist.Normal(0.0, scale))
+            >>> guide = AutoSNF(model, ["affine", Moves("metropolis", repeats=3)])
+            >>> params = guide.precondition(jax.random.key(0))
+            >>> params = guide.train_path(params, options=Options(max_steps=20), progress_bar=False)
+            >>> guide.weighted(jax.random.key(1), params, 200).samples["x"].shape
+            (200,)
+        """
+        if args or kwargs:
+            self._setup(jax.random.key(seed), args, kwargs)
+        at = self.get_posterior(params, *args, **kwargs)
+        with shown(options, progress_bar) as progress:
+            how = {"by": by, "seed": seed, "options": options, "progress": progress}
+            variables, self.history = train_placed(self._path, at.variables, at.target, **how)
+        return {**params, **as_params(self._path_name, variables)}
+
     def weighted(
         self, rng: Array, params: dict[str, Any], num_samples: int, *args: Any, **kwargs: Any
     ) -> ModelPosterior:
@@ -290,7 +348,8 @@ class AutoSNF(FlatGuide):
         self._require_prototype()
         args, kwargs = self._given(args, kwargs)
         variables = handlers.substitute(partial(register, self._path_name, self._path, self._variables), params)()
-        trained = {k: params[k] for k, site in self.prototype_trace.items() if site["type"] == "param"}
+        sites = self.prototype_trace.items()
+        trained = {k: params.get(k, site["value"]) for k, site in sites if site["type"] == "param"}
         model = handlers.substitute(self.model, trained) if trained else self.model
         view = View(model, args, kwargs, "affine", self.init_loc_fn, angles=False)
         with view.precise.context():

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from flowppl import tree
 from flowppl.annealing import refuse_angles
 from flowppl.errors import PathDensityError
-from flowppl.fitting import Fit
+from flowppl.fitting import Fit, shown
 from flowppl.laplace import NormalApproximation
 from flowppl.plates import refuse_minibatches
 from flowppl.pyro.density import LogDensity
@@ -28,6 +28,8 @@ from flowppl.pyro.plates import apart
 from flowppl.pyro.sites import is_enumerated, is_latent, start_from
 from flowppl.stochastic import Path
 from flowppl.stochastic.draws import LAYERS, Layers, check_gradient, check_layers, draw, ends, path_of, placed, weighted
+from flowppl.stochastic.training import OPTIONS, train_placed
+from flowppl.training import Options, Record
 
 
 class SNFDistribution(dist.TorchDistribution):
@@ -131,9 +133,10 @@ class AutoSNF(FlatGuide):
 
     Paths start at a normal and pass by densities base^(1 - beta) p^beta, as those of NumPyro's `AutoDAIS` do; maps between shorten
     the way. Losses such as `Trace_ELBO` see log p - log q = log_w, the log-weight of the path: minus the loss is E log_w, at most
-    the log evidence. `weighted` gives the draws with their weights, which are exact whatever the training. A step asks for the
-    model's gradient once for each step of the dynamics, of all of the data and twice differentiable, so that it costs much more
-    than one of `AutoFlow`; `vectorize_particles=True` asks for those of all particles at once.
+    the log evidence. `train_path` trains each map alone, which takes any moves and costs less. `weighted` gives the draws with
+    their weights, which are exact whatever the training. A step of `SVI` asks for the model's gradient once for each step of the
+    dynamics, of all of the data and twice differentiable, so that it costs much more than one of `AutoFlow`;
+    `vectorize_particles=True` asks for those of all particles at once.
 
     The path is one of coordinates in which `init_loc_fn`'s point is zero and `init_scale` one, or what `precondition` finds: a
     posterior whose scales differ needs that. A shift and scales of the base train too. Densities are those given the arguments of
@@ -148,6 +151,7 @@ class AutoSNF(FlatGuide):
 
     Attributes:
         preconditioned: The normal that `precondition` found (`loc`, `scale_tril`, `elbo`, `num_evals`), or None.
+        history: What `train_path` saw, a `flowppl.training.Record` of each chunk of steps.
 
     Raises:
         UnknownFlowError: no recipe has this name.
@@ -185,6 +189,7 @@ class AutoSNF(FlatGuide):
         super().__init__(model, init_loc_fn)
         self._layers, self._gradient, self._init_scale = check_layers(layers), check_gradient(gradient), init_scale
         self.preconditioned: NormalApproximation | None = None
+        self.history: list[Record] = []
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -247,6 +252,56 @@ class AutoSNF(FlatGuide):
         self.preconditioned = self._normal(rng, args, kwargs)
         loc, scale_tril = (torch.as_tensor(a).to(self._layout.start) for a in self.preconditioned[:2])
         self._assign(placed(self._variables(), loc, scale_tril))
+        return self
+
+    def train_path(
+        self,
+        *args: Any,
+        by: str = "layer",
+        seed: int = 0,
+        options: Options = OPTIONS,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> AutoSNF:
+        """Trains the path by layer, in place of `SVI` or before it: each map alone takes the density before it to that behind it.
+
+        No derivative goes through the moves, so that those which accept or reject are as good as others, and the model's gradient
+        is asked for once in each step of the dynamics. The base stays where it is, and the model's own parameters as they are.
+        Arbel, Matthews & Doucet 2021, "Annealed flow transport Monte Carlo"; Matthews et al. 2022, "Continual repeated annealed
+        flow transport Monte Carlo".
+
+        Args:
+            args: The model's arguments; none for those that the guide met first.
+            by: "layer", or "energy" for all layers together; see `flowppl.stochastic.train_path`.
+            seed: Of all draws.
+            options: How to train.
+            progress_bar: Whether to show how it goes.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The guide, whose path has been trained in place.
+
+        Raises:
+            ValueError: `by` is neither of these.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from flowppl.pyro import AutoSNF
+            >>> from flowppl.stochastic import Moves
+            >>> from flowppl.training import Options
+            >>> def model():
+            ...     scale = pyro.sample("scale", dist.HalfNormal(3.0))
+            ...     pyro.sample("x", dist.Normal(0.0, scale))
+            >>> guide = AutoSNF(model, ["affine", Moves("metropolis", repeats=3)]).precondition(None)
+            >>> guide = guide.train_path(options=Options(max_steps=20), progress_bar=False)
+            >>> guide.weighted(None, 200).samples["x"].shape
+            (200,)
+        """
+        at = self.setup(*args, **kwargs).get_posterior(*args, **kwargs)
+        with shown(options, progress_bar) as progress:
+            how = {"by": by, "seed": seed, "options": options, "progress": progress}
+            variables, self.history = train_placed(self._path, at.variables, at.target, **how)
+        self._assign(variables)
         return self
 
     @torch.no_grad()

@@ -24,6 +24,13 @@ class Buffer(NamedTuple):
     fixed: Array
     log_q: Array
 
+    @staticmethod
+    def empty(size: int, dim: int, like: Array) -> Buffer:
+        """A buffer without draws."""
+        backend = backend_of(like)
+        zeros = backend.asarray(backend.xp.zeros((size,)), like)
+        return Buffer(backend.asarray(backend.xp.zeros((size, dim)), like), zeros - backend.xp.inf, zeros)
+
     @property
     def log_w(self) -> Array:
         """The priorities, `(size,)`."""

@@ -20,6 +20,7 @@ from flowppl.stochastic.path import Path, Run, snf, with_decisions
 Layers = Path | Sequence[str | Recipe | Flow | Bijection | Diffusion | Moves]
 GRADIENTS = ("reparam", "score")
 LAYERS = (flows.realnvp(layers=2, hidden=(32,)), Moves("underdamped", step_size=0.3, leapfrog=4)) * 3
+PLACE = ("shift", "log_scale", "loc", "scale_tril")  # what `placed` adds
 _CHUNK = 1000  # paths at a time
 
 

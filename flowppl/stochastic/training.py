@@ -7,12 +7,13 @@ from typing import Any
 
 from flowppl import tree
 from flowppl.backend import Array, backend_of
-from flowppl.kernels.target import LogProb
+from flowppl.kernels.target import LogProb, Placed
+from flowppl.stochastic.draws import PLACE, ends
 from flowppl.stochastic.gradients import by_energy, by_layer, by_samples
 from flowppl.stochastic.path import Path
 from flowppl.training import Memory, Options, Record, train
 
-_OPTIONS = Options(num_particles=256, max_steps=2000, chunk=100)
+OPTIONS = Options(num_particles=256, max_steps=2000, chunk=100)
 
 
 def train_path(
@@ -24,7 +25,7 @@ def train_path(
     samples: Array | None = None,
     share: float = 0.5,
     seed: int = 0,
-    options: Options = _OPTIONS,
+    options: Options = OPTIONS,
     memory: Memory | None = None,
     progress: Callable[[Sequence[Record]], None] = lambda history: None,
 ) -> tuple[dict[str, Any], list[Record]]:
@@ -73,3 +74,25 @@ def train_path(
         return estimate, grads, control
 
     return train(gradient, variables, seed, options, memory, progress)
+
+
+def train_placed(
+    path: Path, variables: dict[str, Any], log_prob: LogProb, **how: Any
+) -> tuple[dict[str, Any], list[Record]]:
+    """Trains a path whose arrays are those of `placed`, to a density of x = loc + scale_tril w.
+
+    It is trained in w, where steps mean the same for all densities, and what places it there stays as it is.
+
+    Args:
+        path: What to train, a path of w.
+        variables: Where to start, from `placed`.
+        log_prob: Log density of x, unnormalised: `(n, dim)` to `(n,)`.
+        how: Further arguments of `train_path`.
+
+    Returns:
+        As `train_path` does, with all of the variables.
+    """
+    loc, scale_tril = backend_of(variables["const"]["loc"]).stop(ends(variables))
+    own = {kind: {k: a for k, a in arrays.items() if k not in PLACE} for kind, arrays in variables.items()}
+    trained, history = train_path(path, own, Placed(log_prob, loc, scale_tril), **how)
+    return {kind: {**arrays, **trained[kind]} for kind, arrays in variables.items()}, history

@@ -15,6 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO, init_to_value
 
 from flowppl.errors import DimensionError, PathDensityError, UnknownFlowError, UnsupportedModelError
 from flowppl.numpyro import AutoSNF, SNFDistribution
+from flowppl.numpyro.modules import as_params
 from flowppl.stochastic import snf as path_of
 from tests import annealed, snf
 from tests.annealed import BATCH, RATE, SHAPE, WIDTH
@@ -116,6 +117,31 @@ def test_the_start_is_a_normal_approximation(trained):
     np.testing.assert_allclose(params["auto_path$const"]["loc"], guide.preconditioned.loc)
     assert guide.preconditioned.elbo > annealed.LOG_EVIDENCE - 0.5
     assert -trained.loss_and_gradient(params, 0)[0] > annealed.LOG_EVIDENCE - 2
+
+
+def wave():
+    width = numpyro.param("width", 1.0)
+    a = numpyro.sample("a", dist.Normal())
+    numpyro.sample("b", dist.Normal(jnp.cos(2 * a), width))
+    numpyro.factor("edge", -0.25 * a**4)
+
+
+def test_training_by_layer():
+    """Of the layers alone, for the model's parameter as it is given; where the base is counts, and stays."""
+    guide = AutoSNF(wave, snf.WAVE, init_loc_fn=init_to_value(values={"a": 0.0, "b": 0.0}), init_scale=1.0)
+    guide._setup(jax.random.key(0), (), {})
+    params = as_params(guide._path_name, jax.jit(guide._variables)(jax.random.key(0))) | {"width": snf.WIDTH}
+    params["auto_path$params"] |= {name: jnp.asarray(value) for name, value in snf.PLACE.items()}
+    trained = guide.train_path(params, options=snf.OPTIONS, progress_bar=False)
+    before, after = (guide.get_posterior(p).sample_weighted(jax.random.key(1), snf.PATHS)[1] for p in (params, trained))
+    snf.check_layers(np.asarray(before), np.asarray(after), guide.history)
+    assert trained["width"] == snf.WIDTH
+    for name, value in snf.PLACE.items():
+        np.testing.assert_array_equal(trained["auto_path$params"][name], value)
+    del trained["width"]  # whose own start is taken then
+    assert guide.weighted(jax.random.key(2), trained, 100).log_weights.shape == (100,)
+    with pytest.raises(ValueError, match="by must be"):
+        guide.train_path(params, by="map", progress_bar=False)
 
 
 def test_a_value_that_was_not_drawn_has_no_density():

@@ -120,6 +120,39 @@ def test_decisions_have_a_score():
     snf.check_score(slopes("score"), slopes("reparam"))
 
 
+def wave():
+    width = pyro.param("width", X.new_tensor(1.0))
+    a = pyro.sample("a", dist.Normal(X.new_zeros(()), 1.0))
+    pyro.sample("b", dist.Normal(torch.cos(2 * a), width))
+    pyro.factor("edge", -0.25 * a**4)
+
+
+def test_training_by_layer():
+    """Of the layers alone, for the model's parameter as it is given; where the base is counts, and stays."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoSNF(wave, snf.WAVE, init_scale=1.0).setup()
+    pyro.get_param_store()["width"] = X.new_tensor(snf.WIDTH)
+    place = {name: guide.path_parameters.variables["params"][name] for name in snf.PLACE}
+    with torch.no_grad():
+        for name, value in snf.PLACE.items():
+            place[name].copy_(torch.tensor(value))
+    expected = {name: value.clone() for name, value in place.items()}
+
+    def log_w():
+        with torch.no_grad():
+            return guide.get_posterior().sample_weighted(torch.Generator().manual_seed(1), snf.PATHS)[1].numpy()
+
+    before = log_w()
+    guide.train_path(options=snf.OPTIONS, progress_bar=False)
+    snf.check_layers(before, log_w(), guide.history)
+    assert pyro.param("width") == snf.WIDTH
+    for name, value in expected.items():
+        assert torch.equal(place[name], value)
+    with pytest.raises(ValueError, match="by must be"):
+        guide.train_path(by="map", progress_bar=False)
+
+
 def test_a_value_that_was_not_drawn_has_no_density():
     path = snf.undecided()
     variables = path.init(torch.Generator(), X)
