@@ -177,7 +177,7 @@ def shown(options: Options, on: bool, objective: str = "ELBO") -> Iterator[Calla
         def progress(history: Sequence[Record]) -> None:
             record = history[-1]
             bar.set_postfix_str(f"{objective} {record.elbo:.3f} ± {record.elbo_error:.3f}", refresh=False)
-            bar.update(options.chunk)
+            bar.update(min(options.chunk, options.max_steps))
 
         yield progress
 
