@@ -19,6 +19,7 @@ from flowppl.fitting import Draws, Problem
 from flowppl.flows.affine_end import place
 from flowppl.flows.bases import Normal, StudentT
 from flowppl.kernels import Known, hmc
+from flowppl.kernels.target import LogProb, Placed
 from flowppl.stochastic import Bridge, Schedule, anneal, tune
 from flowppl.training import seed_of
 
@@ -27,6 +28,9 @@ _ISLANDS = 20  # independent runs, at least, where each has particles enough
 _SMALLEST, _LARGEST = 100, 500  # particles of one
 _TEMPERATURES = 8  # at least
 _TUNING, _BASE, _RUNS = 0, 1, 2  # streams of random numbers
+
+
+Push = Callable[[Array], Array]  # from where the base lives to where the posterior does, (n, dim)
 
 
 class Annealing(NamedTuple):
@@ -103,15 +107,15 @@ def anneal_flow(
         raise ValueError(f"num_samples must be positive, got {n}")
     size = min(max(-(-n // _ISLANDS), _SMALLEST), _LARGEST)
     islands = range(-(-n // size))
-    variables = _start(problem, seed, variables)
-    bridge, kernel = _bridge(problem, variables), partial(hmc.step, num_steps=num_steps)
+    variables, target, push = _start(problem, seed, variables)
+    bridge, kernel = _bridge(problem, variables, target), partial(hmc.step, num_steps=num_steps)
 
     def together(x: np.ndarray, log_w: np.ndarray) -> Draws:
         return x.reshape(-1, flow.dim)[:n], log_w.reshape(-1)[:n]
 
     def first(rng: Any) -> tuple[Array, Array]:
         z = bridge.sample(rng, size)
-        return flow.push(variables, z).x, bridge.log_prob(z) - bridge.log_base(z)
+        return push(z), bridge.log_prob(z) - bridge.log_base(z)
 
     with tqdm(total=len(islands) + 1, disable=not progress_bar, unit="run") as bar:
         bar.set_description_str("temperatures")
@@ -131,7 +135,7 @@ def anneal_flow(
 
         def island(rng: Any) -> tuple:
             found = anneal(rng, bridge, kernel, fixed, size)
-            return flow.push(variables, found.x).x, *found[1:]
+            return push(found.x), *found[1:]
 
         start = together(
             *map(np.stack, zip(*_each(first, like, (seed_of(seed, _BASE, i) for i in islands)), strict=True))
@@ -157,8 +161,8 @@ def anneal_flow(
     return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
 
 
-def _start(problem: Problem, seed: int, variables: dict[str, Any] | None) -> dict[str, Any]:
-    """These variables of the flow, or those with which it is the normal approximation; refuses a base that it cannot start from."""
+def _start(problem: Problem, seed: int, variables: dict[str, Any] | None) -> tuple[dict[str, Any], LogProb, Push]:
+    """The flow to start from, or without one the normal approximation: its variables, the posterior where its base lives, and T."""
     flow, like, backend = problem.flow, problem.like, backend_of(problem.like)
     if not isinstance(flow.base, Normal | StudentT):
         raise UnsupportedModelError(
@@ -167,9 +171,20 @@ def _start(problem: Problem, seed: int, variables: dict[str, Any] | None) -> dic
         )
     if variables is None:
         normal = problem.normal(seed)
-        ours = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
-        variables = place(flow, flow.init(backend.rng(seed, like), like), *ours)
-    return backend.stop(variables)
+        loc, scale_tril = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
+        variables = backend.stop(place(flow, flow.init(backend.rng(seed, like), like), loc, scale_tril))
+        at = Placed(
+            problem.log_prob, loc, scale_tril
+        )  # one product, where the flow's own map takes one for each factor
+        return variables, at, at.there
+    variables = backend.stop(variables)
+    base = bind(variables)["base"]
+
+    def log_prob(z: Array) -> Array:
+        sample = flow.push(variables, z, with_log_prob=True)
+        return problem.log_prob(sample.x) - sample.log_prob + flow.base.log_prob(base, z)
+
+    return variables, log_prob, lambda z: flow.push(variables, z).x
 
 
 def _each(f: Callable[[Any], Any], like: Array, seeds: Iterable[int]) -> Iterator[list[np.ndarray]]:
@@ -179,15 +194,11 @@ def _each(f: Callable[[Any], Any], like: Array, seeds: Iterable[int]) -> Iterato
         yield [np.asarray(backend.to_numpy(a), np.float64) for a in arrays]
 
 
-def _bridge(problem: Problem, variables: dict[str, Any]) -> Bridge:
-    """From the flow's base to the posterior, pulled back to where the base lives."""
+def _bridge(problem: Problem, variables: dict[str, Any], target: LogProb) -> Bridge:
+    """From the flow's base to the target."""
     flow, base = problem.flow, bind(variables)["base"]
-
-    def log_prob(z: Array) -> Array:
-        sample = flow.push(variables, z, with_log_prob=True)
-        return problem.log_prob(sample.x) - sample.log_prob + flow.base.log_prob(base, z)
 
     def sample(rng: Any, n: int) -> Array:
         return flow.base.sample(rng, base, (n, flow.dim), problem.like)
 
-    return Bridge(sample, Known(partial(flow.base.log_prob, base), partial(flow.base.score, base)), log_prob)
+    return Bridge(sample, Known(partial(flow.base.log_prob, base), partial(flow.base.score, base)), target)

@@ -15,6 +15,8 @@ _MAX_STEPS = 30
 _MAX_CLIMB = 20
 _PATIENCE = 3  # steps of Newton without a higher ELBO
 _SAMPLES = 128  # at least so many draws estimate an ELBO's gradient
+_GAIN = 1e-5  # of the ELBO, a step, for each dimension: less is none
+_BLOCK = 1000  # points at a time
 
 
 class NormalApproximation(NamedTuple):
@@ -58,7 +60,8 @@ class Evaluations:
     def __call__(self, points: Array) -> tuple[Array, Array]:
         """Log densities `(n,)` and scores `(n, d)` at points `(n, d)`."""
         self.num_evals += len(points)
-        values, scores = self._value_and_score(points)
+        blocks = [self._value_and_score(points[i : i + _BLOCK]) for i in range(0, len(points), _BLOCK)]
+        values, scores = map(np.concatenate, zip(*blocks, strict=True))
         fine = np.isfinite(values) & np.isfinite(scores).all(-1)
         return np.where(fine, values, -np.inf), np.where(fine[:, None], scores, 0.0)
 
@@ -159,7 +162,7 @@ def climb_elbo(density: Evaluations, start: Root, rng: np.random.Generator, diag
         values, scores = density(trial.draws(noise))
         reached = float(np.mean(values)) + trial.log_det
         if reached > elbo:
-            small = reached - elbo < 1e-3
+            small = reached - elbo < max(1e-3, _GAIN * best.loc.size)
             best, elbo = trial, reached
             if small:
                 break

@@ -21,7 +21,8 @@ _HISTORY = 10  # pairs of L-BFGS
 _SNAPSHOTS = {1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233}  # steps whose approximations compete, beside the last
 _DRAWS = 16  # for the ELBO of one of them
 _FINAL_DRAWS = 256
-_DENSE = 500  # the largest dimension in which curvature is measured along all axes
+_DENSE = 2000  # the largest dimension in which a normal of the highest ELBO is sought among all of them
+_POLISHED = 500  # the largest in which modes are, several of them
 _MODES = 3  # how many are polished
 
 
@@ -33,7 +34,8 @@ def pathfinder(
     L-BFGS climbs from `start` and from overdispersed points at once. Along each path its inverse Hessian, low rank plus diagonal,
     makes normals that compete by their ELBO, for the mode is not always where a normal fits best: it may lie at infinity (the neck
     of a funnel). Zhang et al. 2022, "Pathfinder: Parallel quasi-Newton variational inference", algorithms 1 to 4. In up to 500
-    dimensions the best are polished: Newton steps with dense curvature, then steps along the natural gradient of the ELBO.
+    dimensions the best are polished: Newton steps with dense curvature, then steps along the natural gradient of the ELBO; in up
+    to 2000 the best one takes the latter alone, beyond with a diagonal scale.
 
     Args:
         value_and_score: Maps points `(n, d)` to log densities `(n,)` and gradients `(n, d)`, best in float64.
@@ -46,16 +48,16 @@ def pathfinder(
     density, rng = Evaluations(value_and_score), np.random.default_rng(seed)
     start = np.asarray(start, np.float64)
     starts = _starts(density, start, rng)
-    dense = start.size <= _DENSE
+    dense, polished = start.size <= _DENSE, start.size <= _POLISHED
     noise = antithetic(rng, _DRAWS, start.size, orthogonal=False)
     paths = [max(path, key=lambda scored: scored[0]) for path in _paths(density, starts, noise) if path]
     ranked = [normal for _, normal in sorted(paths, key=lambda scored: -scored[0])]
     found = [Root(starts[0], np.eye(start.size)), *(normal.dense() for normal in ranked[:1])]
-    if not dense:
-        found += [climb_elbo(density, found[-1], rng, diagonal=True)]
-    noise = antithetic(rng, 2 * _DRAWS, start.size, dense)
+    if not polished:
+        found += [climb_elbo(density, found[-1], rng, diagonal=not dense)]
+    noise = antithetic(rng, 2 * _DRAWS, start.size, polished)
     modes: list[Root] = []
-    for normal in ranked if dense else ():
+    for normal in ranked if polished else ():
         if len(modes) < _MODES and not any(_near(normal.loc, mode) for mode in modes):
             laplace = newton(density, normal.dense(), noise)
             modes.append(climb_elbo(density, laplace, rng))

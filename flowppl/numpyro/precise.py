@@ -13,6 +13,7 @@ import numpy as np
 from flowppl.numpyro.density import LogDensity
 from flowppl.pathfinder import NUM_PATHS
 
+_ROWS, _HIGH = 256, 500  # at a time, beyond so many dimensions: there another compilation is worth it
 _enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
 
 
@@ -42,8 +43,10 @@ class Precise:
         """The precision in which jax is to compute with the model."""
         return _enable_x64(True) if self._wide else contextlib.nullcontext()
 
-    def __call__(self, points: np.ndarray, rows: int = NUM_PATHS) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluates the points, `rows` at a time: each number of rows is compiled once."""
+    def __call__(self, points: np.ndarray, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluates the points, `rows` at a time: each number of rows is compiled once. None for few, or many where there are."""
+        if rows is None:
+            rows = _ROWS if len(points) >= _ROWS and points.shape[1] > _HIGH else NUM_PATHS
         padded = np.concatenate([points, np.repeat(points[-1:], -len(points) % rows, axis=0)])
         with self.context():
             blocks = [self._evaluate(jnp.asarray(b, self.dtype)) for b in np.split(padded, len(padded) // rows)]
