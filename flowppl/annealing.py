@@ -137,9 +137,8 @@ def anneal_flow(
             found = anneal(rng, bridge, kernel, fixed, size)
             return push(found.x), *found[1:]
 
-        start = together(
-            *map(np.stack, zip(*_each(first, like, (seed_of(seed, _BASE, i) for i in islands)), strict=True))
-        )
+        starts = _each(first, like, (seed_of(seed, _BASE, i) for i in islands))
+        start = together(*map(np.stack, zip(*starts, strict=True)))
         # The start stands for model and data, whose schedules may be alike.
         data = [f"{a[np.isfinite(a)].mean():.9g}" for a in start]
         task = {"flow": describe(flow), "seed": seed, "num_samples": n, "num_steps": num_steps}
@@ -173,9 +172,8 @@ def _start(problem: Problem, seed: int, variables: dict[str, Any] | None) -> tup
         normal = problem.normal(seed)
         loc, scale_tril = (backend.asarray(backend.xp.asarray(a), like) for a in normal[:2])
         variables = backend.stop(place(flow, flow.init(backend.rng(seed, like), like), loc, scale_tril))
-        at = Placed(
-            problem.log_prob, loc, scale_tril
-        )  # one product, where the flow's own map takes one for each factor
+        # Its one product does what the flow's own map does by one for each factor.
+        at = Placed(problem.log_prob, loc, scale_tril)
         return variables, at, at.there
     variables = backend.stop(variables)
     base = bind(variables)["base"]

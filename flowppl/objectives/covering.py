@@ -14,7 +14,7 @@ from flowppl.weights import log_mean_exp
 
 _SCALE = 2.0  # of the coordinate that is drawn more widely
 _WIDE = 4  # one draw of so many has one
-_LARGEST = 3.0  # the largest log-weight beside the mean weight
+_LARGEST = 2.0  # the largest log-weight beside the mean weight: beyond, single draws rule a step
 _REVERSE = 0.1  # the share of the reverse Kullback-Leibler divergence, which minds draws where the target has no mass
 
 
@@ -53,7 +53,7 @@ def chi_square(
 
     With scores s_q and s_p at x = T(z), the path gradient pulls (p / q)^2 (s_q - s_p) back through T: what reverse Kullback-Leibler
     divergence hardly sees counts by the square of its weight. Draws are of a mixture that reaches further than q, the evidence is
-    estimated by the mean weight, and weights are cut off at e^3. Dieng et al. 2017, "Variational inference via chi upper bound
+    estimated by the mean weight, and weights are cut off at e^2. Dieng et al. 2017, "Variational inference via chi upper bound
     minimization".
 
     Args:
