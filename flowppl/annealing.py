@@ -145,16 +145,12 @@ def anneal_flow(
         memory = checkpoint and Checkpoint(checkpoint, {**task, "step_ess": step_ess, "data": data})
         shapes = [(size, flow.dim), (size,), *[schedule.betas.shape] * 3]
         found = [np.zeros((len(islands), *shape)) for shape in shapes]
-        done = 0
-        if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
-            done, found = int(state[0]["done"]), state[0]["found"]
-            bar.update(done)
-        for i, arrays in enumerate(_each(island, like, (seed_of(seed, _RUNS, i) for i in islands[done:])), done):
-            for all_of_them, one in zip(found, arrays, strict=True):
-                all_of_them[i] = one
-            if memory:
-                memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
-            bar.update()
+        found = _collected(
+            lambda done: _each(island, like, (seed_of(seed, _RUNS, i) for i in islands[done:])),
+            found,
+            memory or None,
+            bar,
+        )
     x, log_w, *seen = found
     log_z = weights.log_mean_exp(log_w)
     return Annealing(variables, together(x, log_w), start, log_z, schedule, *(a.mean(0) for a in seen))
@@ -190,6 +186,23 @@ def _each(f: Callable[[Any], Any], like: Array, seeds: Iterable[int]) -> Iterato
     backend = backend_of(like)
     for arrays in backend.each(f, [backend.rng(seed, like) for seed in seeds]):
         yield [np.asarray(backend.to_numpy(a), np.float64) for a in arrays]
+
+
+def _collected(
+    make: Callable[[int], Iterator[list[np.ndarray]]], found: list[np.ndarray], memory: Checkpoint | None, bar: tqdm
+) -> list[np.ndarray]:
+    """The arrays of all islands, filled in by `make(done)` from the first one on that an interrupted run has not kept."""
+    done = 0
+    if memory and (state := memory.load({"done": np.zeros(()), "found": found})):
+        done, found = int(state[0]["done"]), state[0]["found"]
+        bar.update(done)
+    for i, arrays in enumerate(make(done), done):
+        for all_of_them, one in zip(found, arrays, strict=True):
+            all_of_them[i] = one
+        if memory:
+            memory.save({"done": np.asarray(i + 1.0), "found": found}, [])
+        bar.update()
+    return found
 
 
 def _bridge(problem: Problem, variables: dict[str, Any], target: LogProb) -> Bridge:
