@@ -23,14 +23,12 @@ from flowppl.kernels.target import LogProb, Placed
 from flowppl.stochastic import Bridge, Schedule, anneal, tune
 from flowppl.training import seed_of
 
+Push = Callable[[Array], Array]  # from where the base lives to where the posterior does, (n, dim)
 _MANY, _HIGH, _FEWER = 10_000, 300, 2000  # draws where none are asked for, and those beyond so many dimensions
 _ISLANDS = 20  # independent runs, at least, where each has particles enough
 _SMALLEST, _LARGEST = 100, 500  # particles of one
 _TEMPERATURES = 8  # at least
 _TUNING, _BASE, _RUNS = 0, 1, 2  # streams of random numbers
-
-
-Push = Callable[[Array], Array]  # from where the base lives to where the posterior does, (n, dim)
 
 
 class Annealing(NamedTuple):

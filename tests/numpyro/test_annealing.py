@@ -72,3 +72,8 @@ def test_angles_are_an_error():
 
     with pytest.raises(UnsupportedModelError, match=r"'angle' is an angle.*use fit"):
         anneal(model, **OPTIONS)
+
+
+def test_no_draws_are_an_error():
+    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+        anneal(regress, X, y=Y, **{**OPTIONS, "num_samples": 0})

@@ -131,3 +131,8 @@ def test_processes_share_the_islands(posterior, tmp_path):
     subprocess.run([*torchrun, str(script), str(tmp_path)], check=True, env=env, timeout=250, cwd=root)
     for rank in (0, 1):
         np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), posterior.annealing.log_z, rtol=1e-9)
+
+
+def test_no_draws_are_an_error():
+    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
+        anneal(regress, X, y=Y, **{**OPTIONS, "num_samples": 0})
