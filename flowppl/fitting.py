@@ -16,30 +16,25 @@ from flowppl.backend import Array, backend_of
 from flowppl.bijections.base import bind
 from flowppl.checkpoint import Checkpoint
 from flowppl.config import describe
-from flowppl.diagnostics.compare import Evidence, evidence
 from flowppl.flows import Flow, Recipe
 from flowppl.flows.affine_end import place, rescaled, whitening
 from flowppl.flows.bases import Normal
 from flowppl.kernels.target import Placed
 from flowppl.laplace import NormalApproximation
-from flowppl.objectives.covering import chi_square, wider
+from flowppl.objectives.covering import wider
 from flowppl.objectives.minibatches import minibatches_of
 from flowppl.objectives.reverse_kl import reverse_kl
-from flowppl.training import Options, Record, annealed, seed_of, train
+from flowppl.refining import Draws, evidence_of, phases
+from flowppl.training import Options, Record, seed_of, train
 
 _SMALL = 32  # dimensions up to which splines cost no more than they gain
 _LARGE = 300  # dimensions beyond which a network costs more than so few draws can teach it
 _WIDE = 10  # one draw of so many reaches further
-_HEAVY = 0.4  # k-hat above which training goes on with the tails in view
-_COVERING = [annealed(chunks=4, level=level) for level in (0.2, 0.05)]  # then; the second if the first fail
-_PRICE = 0.5  # the share of the effective sample size that a lighter tail of the weights may cost
-_DRAWS, _COVER = 1, 2  # streams of random numbers beside that of training
+_DRAWS = 1  # the stream of random numbers beside that of training
 _CHUNK = 1000  # draws that are made and scored at a time
 _OUTLYING = 0.05  # the share of draws, with the least weights, that say nothing of a posterior's scales
 _NEGLIGIBLE = 0.02  # the share of the posterior's mass that may be missed
 _MISSED = 3.0  # nats by which a flow's density is too low where it misses mass
-
-Draws = tuple[np.ndarray, np.ndarray]  # points (n, dim) and log-weights (n,), in float64
 
 
 class Problem(NamedTuple):
@@ -101,8 +96,8 @@ def fit_flow(
 ) -> Fit:
     """Trains the flow, as often as asked, and keeps the run with the highest ELBO; none is worse than its start.
 
-    With minibatches, training ends with the reverse divergence: that which covers tails is not linear in the log density, and an
-    estimate of one would bias the other.
+    With minibatches, training ends with the reverse divergence: those of `flowppl.refining` are not linear in the log density,
+    and an estimate of one would bias the other.
 
     Args:
         problem: What to fit.
@@ -217,37 +212,32 @@ def _run(
     after = draw(rescaled(flow, trained, loc, scale))
     if not _elbo(after) >= _elbo(before):
         return Fit(start, before, [], history, before)
-    enough = options.max_steps >= 2 * len(_COVERING[0]) * options.chunk
-    if isinstance(flow.base, Normal) and not minibatches and enough and _evidence(after).khat > _HEAVY:
-
-        def cover(variables: dict[str, Any], rng: Any, control: Any, refresh: Array) -> Any:
-            return *chi_square(flow, variables, whitened, rng, 2 * options.num_particles), control
-
-        def seen(more: Sequence[Record]) -> None:
-            progress([*history, *more])
-
-        for moves in _COVERING:
-            name = f"tails-{moves[0].level:g}"
-            covered, more = train(
-                cover, trained, seed_of(seed, _COVER), options, memory and memory.beside(name), seen, moves
-            )
-            history = history + more
-            reaching = draw(rescaled(flow, covered, loc, scale))
-            if _lighter(reaching, after) and _elbo(reaching) >= _elbo(before):
-                trained, after = covered, reaching
-                break
+    for phase in [] if minibatches else phases(flow, trained, whitened, after, seed, options, problem.like):
+        beside, report = memory and memory.beside(phase.name), partial(_onwards, progress, history)
+        own = seed_of(seed, phase.stream)
+        found, more = train(phase.gradient, trained, own, options, beside, report, phase.moves)
+        history = history + more
+        again = draw(rescaled(flow, found, loc, scale))
+        if phase.better(again, after) and _elbo(again) >= _elbo(before):
+            trained, after = found, again
+            break
     return Fit(rescaled(flow, trained, loc, scale), after, [], history, before)
+
+
+def _onwards(progress: Callable[[Sequence[Record]], None], earlier: list[Record], more: Sequence[Record]) -> None:
+    """Reports records that follow on earlier ones."""
+    progress([*earlier, *more])
 
 
 def _missed(problem: Problem, fit: Fit, modes: list[Draws]) -> list[Draws]:
     """Those of other modes' draws that show that the flow misses a share of the mass."""
     backend = backend_of(problem.like)
     log_ratio = backend.jit(lambda v, x: backend.stop(problem.log_prob(x) - problem.flow.log_prob(v, x)))
-    log_z = _evidence(fit.draws).log_evidence
+    log_z = evidence_of(fit.draws).log_evidence
     found = []
     for x, log_w in modes:
         x, log_w = x[:_CHUNK], log_w[:_CHUNK]
-        mode = _evidence((x, log_w))
+        mode = evidence_of((x, log_w))
         share = np.exp(min(mode.log_evidence - log_z, 0.0))
         if share > _NEGLIGIBLE:
             gap = np.asarray(backend.to_numpy(log_ratio(fit.variables, _like(problem, x))), np.float64) - log_z
@@ -264,17 +254,6 @@ def _as_normal(problem: Problem, start: dict[str, Any], normal: NormalApproximat
 def _like(problem: Problem, a: np.ndarray) -> Array:
     backend = backend_of(problem.like)
     return backend.asarray(backend.xp.asarray(a), problem.like)
-
-
-def _evidence(draws: Draws) -> Evidence:
-    log_w = draws[1]
-    return evidence(np.where(np.isnan(log_w) | (log_w == np.inf), -np.inf, log_w))
-
-
-def _lighter(new: Draws, old: Draws) -> bool:
-    """Whether the weights' tail is lighter, not at the price of most draws."""
-    found, before = _evidence(new), _evidence(old)
-    return found.khat < before.khat and found.ess > _PRICE * before.ess
 
 
 def _moments(draws: Draws) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ class Options:
 
     Attributes:
         num_particles: Draws in each step.
-        max_steps: The most steps, before those for the tails (`flowppl.fitting`).
+        max_steps: The most steps, before those of `flowppl.refining`.
         learning_rate: The step size of Adam at the start, which falls where it proves too large.
         optimizer: Another optimizer than Adam, as a pair of `init(params)` and `update(grads, state)`; its updates are scaled down
             as Adam's would be.

@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from flowppl import fitting, flows, optim, tree
+from flowppl import fitting, flows, optim, refining, tree
 from flowppl.backend import get_backend
 from flowppl.checkpoint import Checkpoint
 from flowppl.errors import CheckpointError, MissingExtraError
@@ -21,6 +21,7 @@ from flowppl.laplace import NormalApproximation
 from flowppl.objectives.control import Control, no_control
 from flowppl.objectives.covering import chi_square
 from flowppl.objectives.minibatches import anchored
+from flowppl.objectives.neutra import Points, both_ways, visited
 from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.posterior import WeightedPosterior
 from flowppl.training import Move, Options, Record, plan, train
@@ -203,6 +204,44 @@ def test_chi_square_is_the_gradient_of_its_divergence(backend):
     )
 
 
+def test_learning_from_points_is_the_gradient_of_both_divergences(backend):
+    """Against quadrature, for q = N(0, 1), p = N(0.2, 1.1^2) and 200 000 points of p: reverse KL and half of E_p p / q."""
+    like = backend.asarray(backend.xp.zeros(1, dtype=backend.xp.float64))
+    flow = flows.affine()(1)
+    variables = flow.init(backend.rng(0, like), like)
+    log_z = 3.0 + math.log(1.1) + 0.5 * math.log(2 * math.pi)
+    target = lambda x: -0.5 * ((x[:, 0] - 0.2) / 1.1) ** 2 + 3.0
+    x = 0.2 + 1.1 * backend.normal(backend.rng(2, like), (200_000, 1), like)
+    points = Points(x, *backend.value_and_score(target, x))
+    control, look = no_control(like), backend.xp.asarray(False)
+    _, grads, _ = both_ways(flow, variables, target, backend.rng(1, like), 200_000, control, look, points, log_z)
+    z, weight = np.polynomial.hermite_e.hermegauss(80)
+    weight = weight / weight.sum()
+    log_w = -0.5 * ((z - 0.2) / 1.1) ** 2 + 0.5 * z**2 - math.log(1.1)
+    cotangent = (np.exp(2 * log_w) + 1) * (-z + (z - 0.2) / 1.21) * weight
+    nodes = backend.asarray(z[:, None], like)
+    _, pull = backend.vjp(lambda p: flow.push({**variables, "params": p}, nodes).x, variables["params"])
+    (exact,) = pull(backend.asarray(cotangent[:, None], like))
+    found, exact = ([float(a.sum()) for a in tree.leaves(t)] for t in (grads, exact))
+    assert found == pytest.approx(exact, abs=0.01) and max(map(abs, exact)) > 0.1
+
+
+def test_chains_leave_a_flow_that_is_elsewhere(backend):
+    """From q = N(0, 1) twice to normals with means 1 and sds 0.5 and 1.5: 5000 points, of which some 1000 are independent."""
+    like = backend.asarray(backend.xp.zeros(2, dtype=backend.xp.float64))
+    flow = flows.affine()(2)
+    variables = flow.init(backend.rng(0, like), like)
+    sd = backend.asarray(np.array([0.5, 1.5]), like)
+    target = lambda x: -0.5 * backend.xp.sum(((x - 1) / sd) ** 2, axis=-1)
+    points = backend.jit(lambda rng: visited(flow, variables, target, rng, 100, 67))(backend.rng(1, like))
+    x, log_p, score = map(backend.to_numpy, points)
+    assert x.shape == score.shape == (5100, 2)
+    np.testing.assert_allclose(x.mean(0), 1, atol=0.15)
+    np.testing.assert_allclose(x.std(0), [0.5, 1.5], rtol=0.1)
+    np.testing.assert_allclose(score, (1 - x) / np.array([0.5, 1.5]) ** 2, rtol=1e-10)
+    np.testing.assert_allclose(log_p, -0.5 * ((x - 1) ** 2 / np.array([0.25, 2.25])).sum(1), rtol=1e-10)
+
+
 def test_an_anchored_minibatch_is_exact_at_zero_and_unbiased_elsewhere(backend):
     """Four quartic terms, one in each of four minibatches: the mean of what they say is their sum, and so are gradients."""
     xp = backend.xp
@@ -257,21 +296,35 @@ def test_it_is_never_behind_its_start(backend):
 def test_covering_tails_does_not_put_it_behind_its_start_either(backend, monkeypatch):
     """Steps so large that they ruin the flow, in a phase whose k-hat always falls."""
     khats = itertools.count(1)  # a later look sees a heavier tail, and the new one is looked at first
-    evidence = fitting._evidence
-    monkeypatch.setattr(fitting, "_evidence", lambda draws: evidence(draws)._replace(khat=next(khats), ess=1.0))
-    monkeypatch.setattr(fitting, "_COVERING", [fitting.annealed(2, 1000.0)])
+    evidence = refining.evidence_of
+    monkeypatch.setattr(refining, "evidence_of", lambda draws: evidence(draws)._replace(khat=next(khats), ess=500.0))
+    monkeypatch.setattr(refining, "_COVERING", [refining.annealed(2, 1000.0)])
     options = Options(num_particles=8, max_steps=40, chunk=10)
     fit = fit_flow(problem(backend), 0, options, num_samples=500)
     assert fit.history[-1].move.level == 1000.0
     assert np.mean(fit.draws[1]) >= np.mean(fit.start[1]) - 1e-9
 
 
+@pytest.mark.parametrize("fuller", [True, False])
+def test_chains_come_in_place_of_tails_where_few_draws_count(backend, monkeypatch, fuller):
+    """What they taught is kept where more draws count, and the end of the training before them otherwise."""
+    draws = []
+    monkeypatch.setattr(refining, "_HEAVY", -math.inf)
+    monkeypatch.setattr(refining, "_FEW", 2.0)
+    monkeypatch.setattr(refining, "_fuller", lambda new, old: draws.extend([old, new]) or fuller)
+    options = Options(num_particles=8, max_steps=80, chunk=10)
+    fit = fit_flow(problem(backend), 0, options, num_samples=200)
+    assert [record.move.level for record in fit.history][-8:] == [0.1] * 8
+    np.testing.assert_array_equal(fit.draws[1], draws[int(fuller)][1])
+
+
 @pytest.mark.parametrize(("lighter", "levels"), [((True,), [0.2]), ((False, True), [0.2, 0.05])])
 def test_smaller_steps_follow_where_covering_tails_fails(backend, monkeypatch, lighter, levels):
     """And only there; what is kept is the end of the last attempt."""
     answers, draws = iter(lighter), []
-    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
-    monkeypatch.setattr(fitting, "_lighter", lambda new, old: draws.append(new) or next(answers))
+    monkeypatch.setattr(refining, "_HEAVY", -math.inf)
+    monkeypatch.setattr(refining, "_FEW", 0.0)
+    monkeypatch.setattr(refining, "_lighter", lambda new, old: draws.append(new) or next(answers))
     options = Options(num_particles=8, max_steps=80, chunk=10)
     fit = fit_flow(problem(backend), 0, options, num_samples=200)
     assert [record.move.level for record in fit.history][-4 * len(levels) :: 4] == levels
@@ -338,9 +391,9 @@ def test_lighter_tails_do_not_cost_most_draws():
     heavy = (np.zeros((n, 1)), 0.6 * rng.exponential(size=n))
     few = (np.zeros((n, 1)), np.where(rng.random(n) < 0.04, rng.random(n), -20.0))
     most = (np.zeros((n, 1)), rng.random(n))
-    assert fitting._lighter(most, heavy)
-    assert not fitting._lighter(few, heavy)
-    assert not fitting._lighter(heavy, most)
+    assert refining._lighter(most, heavy)
+    assert not refining._lighter(few, heavy)
+    assert not refining._lighter(heavy, most)
 
 
 # Interruptions
@@ -348,7 +401,7 @@ def test_lighter_tails_do_not_cost_most_draws():
 
 def test_a_killed_run_ends_where_it_would_have(backend, tmp_path, monkeypatch):
     """Killed twice while it trains, and once while it covers tails."""
-    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
+    monkeypatch.setattr(refining, "_HEAVY", -math.inf)
     whole = fit_flow(problem(backend), 3, SMALL, num_samples=100)
     length = len(whole.history)
     path = str(tmp_path / "run.ckpt")
@@ -381,8 +434,8 @@ def test_a_killed_run_of_minibatches_ends_where_it_would_have(tmp_path, monkeypa
 
     task = problem(backend)._replace(minibatch=noisy, plates={"rows": (100, 10)})
     covered = []
-    monkeypatch.setattr(fitting, "chi_square", lambda *args: covered.append(args))
-    monkeypatch.setattr(fitting, "_HEAVY", -math.inf)
+    monkeypatch.setattr(refining, "chi_square", lambda *args: covered.append(args))
+    monkeypatch.setattr(refining, "_HEAVY", -math.inf)
     whole = fit_flow(task, 3, SMALL, num_samples=100)
     path = str(tmp_path / "run.ckpt")
 

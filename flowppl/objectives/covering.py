@@ -14,7 +14,7 @@ from flowppl.weights import log_mean_exp
 
 _SCALE = 2.0  # of the coordinate that is drawn more widely
 _WIDE = 4  # one draw of so many has one
-_LARGEST = 2.0  # the largest log-weight beside the mean weight: beyond, single draws rule a step
+LARGEST = 2.0  # the largest log-weight beside the mean weight: beyond, single draws rule a step
 _REVERSE = 0.1  # the share of the reverse Kullback-Leibler divergence, which minds draws where the target has no mass
 
 
@@ -85,7 +85,7 @@ def chi_square(
     log_w = xp.where(fine, log_p - log_q, xp.full_like(log_q, -math.inf))
 
     of_mixture = xp.exp(-log_ratio) / num_particles  # q over the mixture
-    relative = xp.clip(log_w - log_mean_exp(log_w - log_ratio), None, _LARGEST)
+    relative = xp.clip(log_w - log_mean_exp(log_w - log_ratio), None, LARGEST)
     weight = of_mixture * (xp.exp(2 * relative) + _REVERSE)
     (grads,) = pull(weight[:, None] * gap)
 

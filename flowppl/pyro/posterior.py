@@ -44,8 +44,8 @@ def fit(
     It computes in float64 where the model allows it. A result that is not to be trusted comes with a `FitWarning`.
 
     Where a plate subsamples, each step of the training sees one fresh minibatch, shared by all particles. The start, the weights
-    and all that is made of them take all of the data, a few draws at a time. Training for the tails is left out: its divergence
-    is not linear in the log density, so minibatches would bias it.
+    and all that is made of them take all of the data, a few draws at a time. What follows the training otherwise is left
+    out: its divergences are not linear in the log density, so minibatches would bias them.
 
     Args:
         model: The model; discrete latents marked by `config_enumerate` are summed out.
@@ -56,7 +56,7 @@ def fit(
         restarts: More runs, from other seeds: the best by its ELBO is kept, and all must agree.
         num_samples: Number of weighted draws.
         num_particles: Draws in each step.
-        max_steps: The most steps, before up to 1000 for the tails; it stops by itself.
+        max_steps: The most steps, before up to 2000 for what draws of the flow do not show; it stops by itself.
         learning_rate: Step size at the start, which falls by itself.
         optimizer: Another optimizer than Adam, of `flowppl.optim`.
         checkpoint: A file that keeps the state: a fit that was interrupted goes on from it, and ends alike.
