@@ -16,7 +16,7 @@ from flowppl.objectives.covering import LARGEST
 from flowppl.objectives.reverse_kl import Estimate, reverse_kl
 from flowppl.weights import log_mean_exp, resample_systematic
 
-_CANDIDATES = 4  # draws for each chain to start from
+_CANDIDATES = 2  # draws for each chain to start from
 _LEAPS = 10  # leapfrog steps of a transition
 _FIRST = 0.3  # its step size
 _SHORTER = math.log(10.0)  # by which it may be shorter, at random
@@ -130,8 +130,8 @@ def both_ways(
     choice_rng, rng = backend.split(rng, 2)
     estimate, reverse, control = reverse_kl(flow, variables, log_prob, rng, num_particles, control, refresh)
 
-    n = 2 * num_particles
-    at = xp.astype(xp.floor(points.log_p.shape[0] * backend.uniform(choice_rng, (n,), like=like)), xp.int64)
+    n, many = 2 * num_particles, points.log_p.shape[0]
+    at = xp.astype(xp.floor(many * backend.uniform(choice_rng, (n,), like=like)), xp.int32) % many
     x, log_p, score = (a[at] for a in points)
     z = stop(flow.bijection.inverse(bind(stop(variables))["bijection"], x)[0])
 
