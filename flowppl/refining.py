@@ -18,7 +18,7 @@ from flowppl.training import Move, Options, Target, annealed, seed_of
 _FEW = 0.5  # share of effective draws below which chains show where the others should be
 _CHAINS, _TRANSITIONS = 500, 100  # of those
 _LARGE = 300  # dimensions beyond which they would take too much memory, and a flow could learn little from so few
-_LEARNING = annealed(chunks=8, level=0.1)
+_LEARNING = annealed(chunks=8, level=0.1)  # from where they were
 _HEAVY = 0.4  # k-hat above which training goes on with the tails in view
 _COVERING = [annealed(chunks=4, level=level) for level in (0.2, 0.05)]  # the second if the first fails
 _PRICE = 0.5  # the share of the effective sample size that a lighter tail of the weights may cost

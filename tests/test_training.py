@@ -402,9 +402,11 @@ def test_lighter_tails_do_not_cost_most_draws():
 # Interruptions
 
 
-def test_a_killed_run_ends_where_it_would_have(backend, tmp_path, monkeypatch):
-    """Killed twice while it trains, and once while it covers tails."""
+@pytest.mark.parametrize("few", [0.0, 2.0], ids=["tails", "chains"])
+def test_a_killed_run_ends_where_it_would_have(backend, tmp_path, monkeypatch, few):
+    """Killed twice while it trains, and once while it covers tails or learns from chains."""
     monkeypatch.setattr(refining, "_HEAVY", -math.inf)
+    monkeypatch.setattr(refining, "_FEW", few)
     whole = fit_flow(problem(backend), 3, SMALL, num_samples=100)
     length = len(whole.history)
     path = str(tmp_path / "run.ckpt")
