@@ -232,7 +232,7 @@ def test_chains_leave_a_flow_that_is_elsewhere(backend):
     flow = flows.nsf(layers=2, hidden=(8,), bins=4)(2)
     variables = flow.init(backend.rng(0, like), like)
     rng = np.random.default_rng(0)
-    bent = tree.map(lambda p: p + backend.asarray(rng.normal(0, 0.15, tuple(p.shape)), p), variables["params"])
+    bent = tree.map(lambda p: p + backend.asarray(rng.normal(0, 0.25, tuple(p.shape)), p), variables["params"])
     variables = {**variables, "params": bent}
     sd = backend.asarray(np.array([0.5, 1.5]), like)
     target = lambda x: -0.5 * backend.xp.sum(((x - 1) / sd) ** 2, axis=-1)
