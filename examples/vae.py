@@ -5,7 +5,7 @@ one plate, so that the importance-weighted bound (IWAE) is one for each image, a
 Every fifth image is held out, and its log-likelihood estimated by importance sampling from the posterior that it was encoded to.
 The picture is docs/images/vae.png when run from the root with `--output docs/images`.
 
-    python examples/vae.py --ppl numpyro
+    python examples/vae.py --ppl numpyro --seeds 3
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POSTERIORS = {
 class Fit(NamedTuple):
     """Log-likelihoods of held-out images `(n,)`, the chance of ink in draws of new images `(m, 64)`, and seconds of training."""
 
-    held_out: np.ndarray
+    held_out: np.ndarray  # of several seeds: `(seeds, n)`
     drawn: np.ndarray
     seconds: float
 
@@ -46,7 +46,14 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_numpyro(
-    images: np.ndarray, test: np.ndarray, flow: flows.Recipe, bound: str, gradient: str, steps: int, draws: int
+    images: np.ndarray,
+    test: np.ndarray,
+    flow: flows.Recipe,
+    bound: str,
+    gradient: str,
+    steps: int,
+    draws: int,
+    seed: int,
 ) -> Fit:
     """Trains an autoencoder and judges it."""
     import jax
@@ -75,7 +82,7 @@ def in_numpyro(
             numpyro.sample("z", flow_module("posterior", flow, encode(x), dim=LATENTS))
 
     start = time.perf_counter()
-    train, weigh, draw = jax.random.split(jax.random.key(0), 3)
+    train, weigh, draw = jax.random.split(jax.random.key(seed), 3)
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     svi = SVI(model, guide, optimizer, Objective(bound, PARTICLES, gradient=gradient))
     params = svi.run(train, steps, images, batch_size=BATCH, progress_bar=False).params
@@ -90,7 +97,14 @@ def in_numpyro(
 
 
 def in_pyro(
-    images: np.ndarray, test: np.ndarray, flow: flows.Recipe, bound: str, gradient: str, steps: int, draws: int
+    images: np.ndarray,
+    test: np.ndarray,
+    flow: flows.Recipe,
+    bound: str,
+    gradient: str,
+    steps: int,
+    draws: int,
+    seed: int,
 ) -> Fit:
     """The same in Pyro."""
     import pyro
@@ -103,7 +117,7 @@ def in_pyro(
     from flowppl.pyro import Objective, flow_module
 
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(seed)
     images, test = torch.as_tensor(images), torch.as_tensor(test)
     encoder = nn.Sequential(nn.Linear(64, HIDDEN), nn.Softplus(), nn.Linear(HIDDEN, CONTEXT))
     decoder = nn.Sequential(nn.Linear(LATENTS, HIDDEN), nn.Softplus(), nn.Linear(HIDDEN, 64))
@@ -151,18 +165,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ppl", choices=["numpyro", "pyro"], default="numpyro")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=500, help="of the posterior of each held-out image")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--posteriors", nargs="+", choices=list(POSTERIORS), default=list(POSTERIORS))
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     options = parser.parse_args(arguments)
     images, test = load()
     run = {"numpyro": in_numpyro, "pyro": in_pyro}[options.ppl]
-    print(f"{options.ppl}: log-likelihood of {len(test)} held-out images in nats, ± standard errors over images\n")
+    over = "images" if options.seeds == 1 else f"{options.seeds} seeds"
+    print(f"{options.ppl}: log-likelihood of {len(test)} held-out images in nats, ± standard errors over {over}\n")
     print("posterior  bound  gradient   log-likelihood   to the first, paired   seconds")
     fits: dict[str, Fit] = {}
     for posterior in options.posteriors:
         for bound in ("elbo", "iwae"):
             for gradient in ("reparam", "path"):
-                fit = run(images, test, POSTERIORS[posterior], bound, gradient, options.steps, options.draws)
+                chosen = POSTERIORS[posterior], bound, gradient, options.steps, options.draws
+                fit = _together([run(images, test, *chosen, seed) for seed in range(options.seeds)])
                 fits[f"{posterior}, {bound}, {gradient}"] = fit
                 mean, error = _mean(fit.held_out)
                 more, more_error = _mean(fit.held_out - next(iter(fits.values())).held_out)
@@ -174,8 +191,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _draw(test, fits, options.output)
 
 
+def _together(fits: Sequence[Fit]) -> Fit:
+    """All seeds' log-likelihoods, the first one's draws and the mean of the seconds."""
+    held_out, drawn, seconds = zip(*fits, strict=True)
+    return Fit(np.stack(held_out), drawn[0], float(np.mean(seconds)))
+
+
 def _mean(x: np.ndarray) -> tuple[float, float]:
-    return float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5)
+    """Of `(seeds, n)`, with the standard error over seeds, or over images where there is one seed."""
+    each = x.mean(1) if len(x) > 1 else x[0]
+    return float(each.mean()), float(each.std(ddof=1) / len(each) ** 0.5)
 
 
 def _draw(test: np.ndarray, fits: dict[str, Fit], folder: Path) -> None:

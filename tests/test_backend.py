@@ -133,6 +133,26 @@ def test_torch_compiles_through_dispatch_and_vjp():
     torch.testing.assert_close(compiled, x * torch.sigmoid(x))
 
 
+def test_relu_compiled():
+    """It has an own rule there, which stores what it returns and no mask."""
+    torch = pytest.importorskip("torch")
+    backend = get_backend("torch")
+
+    def f(x, v):
+        (y,), pull = backend.vjp(lambda x: (backend.relu(x),), x)
+        return y, pull((v,))[0]
+
+    x, v = torch.tensor([-np.inf, -1.0, 0.0, 2.0, np.inf]), torch.arange(1.0, 6.0)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(compiled(x, v), f(x, v), strict=True):
+        torch.testing.assert_close(found, expected)
+    x, v = x[1:-1].requires_grad_(), v[1:-1].requires_grad_()
+    grads = torch.autograd.grad((compiled(x, v)[1] ** 2).sum(), (x, v), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(grads, (torch.zeros(3), torch.tensor([0.0, 0.0, 8.0])))
+    mapped = torch.compile(torch.func.vmap(backend.relu), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(mapped(x.detach()), torch.relu(x.detach()))
+
+
 # Arrays
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.nn import functional as F
 
 from flowppl import tree
 from flowppl.backend._numpy import call_external
@@ -27,6 +25,20 @@ from flowppl.backend._torch_random import (
     split,
     uniform,
 )
+from flowppl.backend._torch_special import (
+    digamma,
+    erf,
+    gelu,
+    lgamma,
+    log_i0,
+    log_ndtr,
+    logsumexp,
+    ndtri,
+    relu,
+    silu,
+    softmax,
+    softplus,
+)
 from flowppl.backend._torch_spline import rq_spline
 from flowppl.backend._torch_vjp import outline, stop, vjp
 from flowppl.backend.protocol import Tree
@@ -34,12 +46,24 @@ from flowppl.backend.protocol import Tree
 __all__ = [
     "bernoulli",
     "categorical",
+    "digamma",
+    "erf",
     "gamma",
+    "gelu",
+    "lgamma",
+    "log_i0",
+    "log_ndtr",
+    "logsumexp",
     "name",
+    "ndtri",
     "normal",
     "permutation",
+    "relu",
     "rng",
     "rq_spline",
+    "silu",
+    "softmax",
+    "softplus",
     "split",
     "stop",
     "uniform",
@@ -102,40 +126,6 @@ def set_at(x: Tensor, idx: Any, v: Tensor) -> Tensor:
 def index_add(x: Tensor, idx: Tensor, v: Tensor, axis: int) -> Tensor:
     """A copy of x with v[i] added at idx[i] along `axis`; idx is 1-D, repeats add up, v has len(idx) on `axis`."""
     return torch.index_add(x, axis, idx, v)
-
-
-# Special functions
-
-erf, ndtri, lgamma, digamma = torch.erf, torch.special.ndtri, torch.lgamma, torch.digamma
-relu, silu, gelu = torch.relu, F.silu, F.gelu
-
-
-def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    """Softmax along an axis."""
-    return torch.softmax(x, axis)
-
-
-def logsumexp(x: Tensor, axis: int = -1) -> Tensor:
-    """Log of the sum of exponentials along an axis, which is dropped."""
-    return torch.logsumexp(x, axis)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x))."""
-    return F.softplus(x, threshold=40.0)  # the default, 20, is off by 2e-9: too much for float64
-
-
-def log_i0(x: Tensor) -> Tensor:
-    """Log of the modified Bessel function I0; finite for any finite x."""
-    return torch.log(torch.special.i0e(x)) + torch.abs(x)
-
-
-def log_ndtr(x: Tensor) -> Tensor:
-    """Log of the normal distribution function; torch's own has no rule for vmap."""
-    t = x * math.sqrt(0.5)
-    low, high = t.clamp(max=0), t.clamp(min=0)
-    below = torch.log(0.5 * torch.special.erfcx(-low)) - low * low
-    return torch.where(t < 0, below, torch.log1p(-0.5 * torch.erfc(high)))
 
 
 def solve_triangular(a: Tensor, b: Tensor, *, lower: bool, transpose: bool = False, unit: bool = False) -> Tensor:

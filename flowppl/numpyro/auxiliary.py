@@ -11,7 +11,7 @@ from numpyro.distributions import Delta, Unit
 from numpyro.handlers import block, replay, seed, trace
 from numpyro.primitives import Messenger
 
-from flowppl.numpyro.marks import Trace, innermost, is_scored_site, latents, sampled
+from flowppl.numpyro.marks import Trace, innermost, latents, sampled
 from flowppl.objectives.marginal import REVERSE, check_kept, check_reverse, densities, subsampled, without_density
 
 Array = Any
@@ -25,8 +25,8 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
     log q(x) is replaced by log 1/M sum_m q(x, u_m) / r(u_m | x), with u_1 the one that x came from, and others from the reverse
     program. That makes of the ELBO a lower bound to it, which is tight where r is q(u | x), or M large. For `Objective` with any
     program and gradient; path gradients have no variance where q(x) is the posterior and the reverse program exact. Losses of
-    NumPyro's own have the same values, and plain gradients. Sites of guide and reverse program must be reparametrised. Inside of
-    plates that all of them share densities are apart, and each element has its own estimate.
+    NumPyro's own have the same values, and plain gradients. Sites of guide and reverse program can be discrete, and marked as for
+    `Objective`. Inside of plates that all of them share densities are apart, and each element has its own estimate.
 
     M = 1: Ranganath, Tran & Blei 2016, "Hierarchical variational models"; M > 1: Sobolev & Vetrov 2019, "Importance weighted
     hierarchical variational inference".
@@ -43,7 +43,7 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
     Raises:
         ValueError: M is not positive.
         UnsupportedModelError: when it runs: the guide does not draw what is kept, or nothing else, the reverse program draws other
-            sites than the rest, a site is not reparametrised, or a plate subsamples that does not enclose all of them.
+            sites than the rest, a site is a `Delta`, or a plate subsamples that does not enclose all of them.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -80,8 +80,8 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
         first = _hidden(replay(reverse, {**plates, **auxiliary}), values, *args, **kwargs)
         check_reverse([*auxiliary], [*latents(first)])
         for site in (*latents(drawn).values(), *latents(first).values()):
-            if isinstance(innermost(site["fn"]), Delta) or is_scored_site(site):
-                raise without_density(site["name"], type(site["fn"]).__name__)
+            if isinstance(innermost(site["fn"]), Delta):
+                raise without_density(site["name"])
         shared = _Shared(own.stacks, drawn, first)
 
         joint, backward = [drawn], [first]

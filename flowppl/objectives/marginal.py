@@ -38,6 +38,9 @@ def densities(log_q: Sequence[Array], log_r: Sequence[Array]) -> Densities:
 
     with derivatives of r in its parameters alone, where the second part vanishes for the ELBO, and where log-weights are alike.
 
+    Where u_1, x or other u's are drawn without derivatives their scores are those of what drew them: the guide's for u_1 and x, the
+    reverse program's for u_2..u_M (see `flowppl.objectives.programs.cotangents`).
+
     M = 1 is Ranganath, Tran & Blei 2016, "Hierarchical variational models"; M > 1 is Sobolev & Vetrov 2019, "Importance weighted
     hierarchical variational inference".
 
@@ -86,11 +89,11 @@ def check_reverse(auxiliary: Collection[str], sites: Collection[str]) -> None:
             )
 
 
-def without_density(name: str, distribution: str) -> UnsupportedModelError:
+def without_density(name: str) -> UnsupportedModelError:
     """The error for a site that the marginal density cannot be had of."""
     return UnsupportedModelError(
-        f"site {name!r} has the distribution {distribution}, or is marked, so that its draws have no derivatives or it has no "
-        "density: a marginal guide and its reverse program can have reparametrised sites only"
+        f"site {name!r} is a Delta, which has no density: a marginal guide and its reverse program draw from others, and what is "
+        "computed from their draws can be a `deterministic`"
     )
 
 

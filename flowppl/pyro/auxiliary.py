@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowppl.objectives.marginal import REVERSE, check_kept, check_reverse, densities, subsampled, without_density
-from flowppl.pyro.marks import is_scored_site, latents, point, sample_sites
+from flowppl.pyro.marks import latents, point, sample_sites
 
 
 def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_particles: int = 1) -> Callable:
@@ -26,8 +26,8 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
     log q(x) is replaced by log 1/M sum_m q(x, u_m) / r(u_m | x), with u_1 the one that x came from, and others from the reverse
     program. That makes of the ELBO a lower bound to it, which is tight where r is q(u | x), or M large. For `Objective` with any
     program and gradient; path gradients have no variance where q(x) is the posterior and the reverse program exact. Losses of
-    Pyro's own have the same values, and plain gradients. Sites of guide and reverse program must be reparametrised. Inside of
-    plates that all of them share densities are apart, and each element has its own estimate.
+    Pyro's own have the same values, and plain gradients. Sites of guide and reverse program can be discrete, and marked as for
+    `Objective`. Inside of plates that all of them share densities are apart, and each element has its own estimate.
 
     M = 1: Ranganath, Tran & Blei 2016, "Hierarchical variational models"; M > 1: Sobolev & Vetrov 2019, "Importance weighted
     hierarchical variational inference".
@@ -44,7 +44,7 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
     Raises:
         ValueError: M is not positive.
         UnsupportedModelError: when it runs: the guide does not draw what is kept, or nothing else, the reverse program draws other
-            sites than the rest, a site is not reparametrised, or a plate subsamples that does not enclose all of them.
+            sites than the rest, a site is a `Delta`, or a plate subsamples that does not enclose all of them.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -75,8 +75,8 @@ def marginal(guide: Callable, keep: Sequence[str], reverse: Callable, num_partic
         first = _hidden(reverse, drawn, values, *args, **kwargs)
         check_reverse(auxiliary, [*latents(first)])
         for site in (*latents(drawn).values(), *latents(first).values()):
-            if point(site["fn"]) is not None or is_scored_site(site):
-                raise without_density(site["name"], type(site["fn"]).__name__)
+            if point(site["fn"]) is not None:
+                raise without_density(site["name"])
         shared = _Shared(own.stacks, drawn, first)
 
         joint, backward = [drawn], [first]
