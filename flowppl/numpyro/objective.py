@@ -164,38 +164,42 @@ def _estimate(
     )
     if with_path:
         particles.check_densities(params, put_back, program.linear)
-    total, scale = particles.total(program.linear)
-    log_p, pull_log_p = jax.vjp(total, log_p)
-    log_q, pull_log_q = jax.vjp(total, drawn.log_q)
-    log_r, _ = jax.vjp(total, drawn.summed)
-    branches = particles.branches(log_r, program.unbiased)
-    log_w = lax.stop_gradient(log_p - log_q) / scale
+    plates = particles.plates(program.linear)
+    log_p, pull_log_p = jax.vjp(plates.total, log_p)
+    log_q, pull_log_q = jax.vjp(plates.total, drawn.log_q)
+    log_r, _ = jax.vjp(plates.total, drawn.summed)
+    branches = particles.branches(log_r, program.unbiased, program.linear)
+    particles.check_outside(params, put_back)
+    log_w = lax.stop_gradient(log_p - log_q) / plates.scale
 
     def at(coefficient: Array | float) -> Cotangents:
         if branches is not None:
             return cotangents_of_branches(program, log_w, branches, coefficient)
         return cotangents(program, log_w, coefficient, scored=bool(drawn.scores), reverse=bool(drawn.reverse))
 
-    def pull(sites: Sites, weight: Array, scale: Array | float = 1.0) -> Sites:
+    def pull(sites: Sites, weight: Array, total: Callable[[Sites], Array] = plates.total) -> Sites:
         """From log densities that are added up to those of sites, if there are any."""
-        return jax.vjp(total, sites)[1](scale * weight)[0] if sites else sites
+        return jax.vjp(lambda of: jnp.broadcast_to(total(of), weight.shape), sites)[1](weight)[0] if sites else sites
 
     unit = at(1.0)
     from_model, from_latents = pull_score(*pull_log_p(unit.model))
 
     def pull_back(coefficient: Array | float) -> list[Array]:
         c = at(coefficient)
+        moved = from_latents
+        if not plates.local:  # linear programs, which alone have them, weigh model and latents alike
+            moved = {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()}
         (from_guide,) = pull_draw(
             Drawn(
-                {name: g * particles.beside(name, g, c.latents / c.model) for name, g in from_latents.items()},
+                moved,
                 pull_log_q(c.plain)[0],
                 pull(drawn.frozen, c.frozen),
-                pull(drawn.scores, c.score, scale),
-                pull(drawn.summed, c.summed, scale),
+                pull(drawn.scores, plates.scale * c.score, plates.whole) if drawn.scores else {},
+                pull(drawn.summed, plates.scale * c.summed) if drawn.summed else {},
                 pull(drawn.reverse, c.reverse),
                 pull(drawn.others, c.others),
             )
         )
         return [a + b for a, b in zip(from_model, from_guide, strict=True)]
 
-    return scale * jnp.sum(unit.value), pull_back
+    return plates.scale * jnp.sum(unit.value), pull_back

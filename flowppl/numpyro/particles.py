@@ -16,6 +16,7 @@ from numpyro.util import check_model_guide_match
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.numpyro.distributions import flow_of, gradient_of_draws
+from flowppl.numpyro.elements import Plates, Sites, common_plates
 from flowppl.numpyro.marks import (
     Assigned,
     StillScored,
@@ -27,12 +28,17 @@ from flowppl.numpyro.marks import (
     sampled,
     unmasked,
 )
-from flowppl.objectives.enumeration import Assignments, Branches, branches, check_summed
+from flowppl.objectives.enumeration import (
+    Assignments,
+    Branches,
+    branches,
+    check_summed,
+    depends_on_summed,
+)
 from flowppl.objectives.marginal import REVERSE
 from flowppl.objectives.score import check_scores
 
 Array = Any
-Sites = dict[str, Array]  # arrays by site, (K, *batch, *event); where sites are summed out, K * M
 CONTROL = "flowppl_control"  # the mutable site of guides that keep a coefficient
 _OUTSIDE = ["sample", "prng_key", "control_flow"]  # what differs between particles; they share subsamples of plates
 
@@ -151,36 +157,37 @@ class Particles:
                 )
         return found
 
-    def total(self, linear: bool) -> tuple[Callable[[Sites], Array], float]:
-        """How to add up log densities to `(K, *batch)`, with the plates that all sites share apart, and what these scale by.
+    def plates(self, linear: bool) -> Plates:
+        """The plates whose elements have log-weights of their own, and how to add up log densities.
 
         Args:
             linear: Whether it does not matter which log-weights are added up.
 
         Raises:
-            UnsupportedModelError: another plate subsamples, and that matters.
+            UnsupportedModelError: another plate subsamples, and that matters, or sites are summed out in different plates.
         """
-        apart = not linear or self.scored_sites()  # a score has the less noise the fewer log-weights it answers for
-        self._dims, scale = _shared_plates(self._scored, self._drawn, linear) if apart else (frozenset(), 1.0)
-        return partial(_total, dims=self._dims), scale
+        # a score has the less noise the fewer log-weights it answers for
+        self._plates = common_plates(self._scored, self._drawn, linear, self.scored_sites())
+        return self._plates
 
     def scored_sites(self) -> list[str]:
         """The guide's sites that get their gradients from their scores."""
         return [name for name, site in latents(self._drawn).items() if is_scored_site(site)]
 
-    def branches(self, log_r: Array, unbiased: bool) -> Branches | None:
+    def branches(self, log_r: Array, unbiased: bool, linear: bool) -> Branches | None:
         """The branches of particles, from the total log density of sites that are summed out; None if there are no such sites.
 
         Args:
             log_r: Of the branches, `(K * M, *batch)`.
             unbiased: Whether the program's gradients are those of its value.
+            linear: Whether the program is linear.
 
         Raises:
             UnsupportedModelError: there are scored sites or such sites for which the program has no gradient, or that cannot be
                 summed out.
         """
         for name in self._assignments:
-            check_summed(name, self._drawn[name]["fn"].batch_shape, self._dims, unbiased)
+            check_summed(name, self._drawn[name]["fn"].batch_shape, self._plates.dims, unbiased, linear)
         check_scores(self.scored_sites(), unbiased)
         if not any(True for _ in self._assignments):
             return None
@@ -190,8 +197,33 @@ class Particles:
         """Weights `(K, *batch)` in the axes that the values of a site, `(K, *batch, *event)`, have for them."""
         event_dim = self._drawn[name]["fn"].event_dim
         axes = range(event_dim - value.ndim + 1, 0)
-        batch = [value.shape[axis - event_dim] if axis in self._dims else 1 for axis in axes]
+        batch = [value.shape[axis - event_dim] if axis in self._plates.dims else 1 for axis in axes]
         return weight.reshape(len(weight), *batch, *(1,) * event_dim)
+
+    def check_outside(self, params: list[Array], put_back: Callable) -> None:
+        """Checks that no site outside of local plates depends on what is summed out inside.
+
+        Raises:
+            UnsupportedModelError: one does.
+        """
+        if not self._plates.local:
+            return
+        known = {n: jnp.zeros(jnp.shape(s["value"]), s["value"].dtype) for n, s in latents(self._drawn).items()}
+        summed = {name: known.pop(name) for name in [*known] if is_summed(self._drawn[name])}
+
+        def log_probs(params: list[Array], known: Sites, summed: Sites) -> dict[str, Sites]:
+            still = {name: {**self._drawn[name], "value": value} for name, value in {**known, **summed}.items()}
+            found = {}
+            for front, fn in (("guide", self._guide), ("model", self._model)):
+                again = self._trace(replay(seed(fn, jax.random.key(0)), still), put_back(params))
+                each = {name: site for name, site in sampled(again).items() if name in self._plates.outside}
+                found[front] = {name: site["fn"].log_prob(site["value"]) for name, site in each.items()}
+            return found
+
+        for front, of in eval_provenance(log_probs, params=params, known=known, summed=summed).items():
+            for name, found in of.items():
+                if "summed" in found:
+                    raise depends_on_summed(name, front)
 
     def check_densities(self, params: list[Array], put_back: Callable, linear: bool) -> None:
         """Checks that parameters move the guide's draws through densities alone, which count once.
@@ -217,7 +249,7 @@ class Particles:
                         'gradient of this objective: use gradient="reparam"'
                     )
         if not linear:
-            scale = _shared_plates(self._scored, self._drawn)[1]
+            scale = common_plates(self._scored, self._drawn, linear).scale
             for name, site in sites.items():
                 own = 1.0 if site["scale"] is None else site["scale"]
                 if not isinstance(own, float | int) or abs(own / scale - 1) > 1e-6:
@@ -250,26 +282,3 @@ def _frozen_log_prob(site: dict[str, Any], drawn: dict[str, Any]) -> Array:
             f"site {site['name']!r} of the guide has the distribution {type(site['fn']).__name__}, which cannot score a value "
             '(it has no inverse), as path gradients need: use gradient="reparam", or a flow of flowppl'
         ) from error
-
-
-def _shared_plates(model: Trace, guide: Trace, linear: bool = False) -> tuple[frozenset[int], float]:
-    """The dimensions of the plates that all sites share, and what their subsampling multiplies log densities by."""
-    stacks = [set(site["cond_indep_stack"]) for found in (model, guide) for site in sampled(found).values()]
-    shared, scale = set.intersection(*stacks), 1.0
-    for frame in set.union(*stacks):
-        share = {**guide, **model}[frame.name]["args"][0] / frame.size
-        if frame in shared:
-            scale *= share
-        elif share != 1 and not linear:
-            raise UnsupportedModelError(
-                f"plate {frame.name!r} subsamples and does not enclose every sample site of the model and the guide, so that "
-                'its log-weights cannot be scaled up: use the objective "elbo", or all of the data'
-            )
-    return frozenset(frame.dim for frame in shared), scale
-
-
-def _total(log_probs: Sites, dims: frozenset[int]) -> Array:
-    def total(a: Array) -> Array:
-        return jnp.sum(a, axis=tuple(i for i in range(1, a.ndim) if i - a.ndim not in dims))
-
-    return sum(map(total, log_probs.values()), jnp.zeros(()))

@@ -53,14 +53,15 @@ def no_support(name: str, distribution: str) -> UnsupportedModelError:
     )
 
 
-def check_summed(name: str, batch_shape: tuple[int, ...], dims: frozenset[int], unbiased: bool) -> None:
+def check_summed(name: str, batch_shape: tuple[int, ...], dims: frozenset[int], unbiased: bool, linear: bool) -> None:
     """Checks that a site can be summed out.
 
     Args:
         name: Of the site.
         batch_shape: Its own, without particles.
-        dims: The dimensions of the plates that all sites share.
+        dims: The dimensions of the plates whose elements have log-weights of their own.
         unbiased: Whether the program's gradients are those of its value.
+        linear: Whether the program is linear.
 
     Raises:
         UnsupportedModelError: it cannot.
@@ -71,11 +72,28 @@ def check_summed(name: str, batch_shape: tuple[int, ...], dims: frozenset[int], 
             "values, such as elbo, iwae or jensen_shannon: choose one of them"
         )
     if any(size > 1 and dim - len(batch_shape) not in dims for dim, size in enumerate(batch_shape)):
+        here = "no plate" if linear else "no plate around all sites of the model and the guide"
+        other = "put them into a plate" if linear else 'use the objective "elbo", which sums out each of them by itself'
         raise UnsupportedModelError(
-            f"site {name!r} of the guide is summed out, and has a batch of elements that is no plate around all sites of the model "
-            "and the guide, so that assignments would be those of all elements at once: use TraceEnum_ELBO, which knows what "
-            'each of them bears on, or mark it "score"'
+            f"site {name!r} of the guide is summed out, and has a batch of elements that is {here}, so that assignments would be "
+            f'those of all elements at once: {other}, or mark it "score"'
         )
+
+
+def in_other_plates(name: str, other: str) -> UnsupportedModelError:
+    """The error for sites that are summed out in different plates."""
+    return UnsupportedModelError(
+        f"sites {name!r} and {other!r} of the guide are summed out and are not in the same plates, so that assignments would be "
+        'those of all elements at once: mark one of them "score"'
+    )
+
+
+def depends_on_summed(name: str, front: str) -> UnsupportedModelError:
+    """The error for a site outside of a plate that depends on what is summed out inside."""
+    return UnsupportedModelError(
+        f"site {name!r} of the {front} depends on a site that is summed out in a plate, and is not in that plate: what is summed "
+        'out for each element by itself cannot be felt outside; mark that site "score"'
+    )
 
 
 class Branches(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,8 +20,8 @@ from flowppl.objectives.enumeration import Branches, branches, check_summed, cot
 from flowppl.objectives.programs import Cotangents, Program, Value, cotangents, requested
 from flowppl.objectives.score import check_scores
 from flowppl.pyro import particles
+from flowppl.pyro.elements import Plates, check_outside, common_plates
 from flowppl.pyro.marks import is_summed, sample_sites, scored_sites, unmasked
-from flowppl.pyro.particles import Plates
 
 
 class _Particles(NamedTuple):
@@ -47,7 +47,8 @@ class _Particles(NamedTuple):
         if self.frozen is None:
             total = (weights.model * (self.log_p - self.log_q)).sum()
         else:
-            self.ratio[:] = [weights.latents / weights.model]
+            if not self.plates.local:  # linear programs, which alone have them, weigh model and latents alike
+                self.ratio[:] = [weights.latents / weights.model]
             total = (weights.model * self.log_p).sum() + (weights.frozen * self.frozen).sum()
             total = total + (weights.plain * self.log_q).sum() if plain else total
         scale = self.plates.scale
@@ -222,16 +223,18 @@ class Objective(ELBO):
         scored, linear = scored_sites(drawn), self.program.linear
         summed = [name for name in scored if is_summed(scored[name])]
         # A score has the less noise the fewer log-weights it answers for.
-        plates = particles.common_plates((model_trace, drawn), -nesting, linear, bool(scored))
+        plates = common_plates(model_trace, drawn, -nesting, linear, scored)
         for name in summed:
-            check_summed(name, scored.pop(name)["fn"].batch_shape[1:], plates.dims, self.program.unbiased)
+            check_summed(name, scored.pop(name)["fn"].batch_shape[1:], plates.dims, self.program.unbiased, linear)
+        if plates.local and self._known[0] is not guide:
+            check_outside(model_trace, runs, plates.outside)
         check_scores([*scored], self.program.unbiased)
 
-        def total(log_probs: Callable[[Trace], Iterable[Tensor]]) -> Tensor:
-            return particles.beside([plates.total(log_probs(run)) for run in runs], 0)
+        def total(log_probs: Callable[[Trace], dict[str, Tensor]], of: Callable = plates.total) -> Tensor:
+            return particles.beside([of(log_probs(run)) for run in runs], 0)
 
-        def log_probs(trace: Trace) -> Iterable[Tensor]:
-            return (site["log_prob"] for site in sample_sites(trace).values())
+        def log_probs(trace: Trace) -> dict[str, Tensor]:
+            return {name: site["log_prob"] for name, site in sample_sites(trace).items()}
 
         frozen = scores = log_r = reverse = others = None
         if path:
@@ -245,9 +248,9 @@ class Objective(ELBO):
                 each = [particles.log_reverse(run_guide, args, kwargs, run) for run in runs]
                 reverse, others = (particles.beside([plates.total(x[i]) for x in each], 0) for i in (0, 1))
         if scored:
-            scores = total(lambda run: (particles.unscaled(run.nodes[name]) for name in scored))
+            scores = total(lambda run: {k: particles.unscaled(run.nodes[k]) for k in scored}, plates.whole)
         if summed:
-            log_r = total(lambda run: (unmasked(run.nodes[name]) for name in summed))
+            log_r = total(lambda run: {name: unmasked(run.nodes[name]) for name in summed})
         of = branches(None, log_r, self.num_particles) if summed else None
         log_p, log_q = plates.total(log_probs(model_trace)), total(log_probs)
         return _Particles(log_p, log_q, frozen, scores, log_r, reverse, others, plates, ratio, of)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -19,21 +18,6 @@ from flowppl.objectives.enumeration import Assignments
 from flowppl.objectives.marginal import REVERSE
 from flowppl.pyro.distributions import with_scores
 from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
-
-
-class Plates(NamedTuple):
-    """Over which dimensions log-weights are kept apart."""
-
-    dims: frozenset[int]  # of the plates that enclose every sample site, negative
-    scale: float  # what their subsampling multiplies log densities by
-
-    def total(self, log_probs: Iterable[Tensor]) -> Tensor:
-        """The sum of sites' log densities, in which all plates but these have length one: `(K, *batch)`."""
-        return sum(map(self._total, log_probs))
-
-    def _total(self, log_prob: Tensor) -> Tensor:
-        others = [d for d in range(1 - log_prob.dim(), 0) if d not in self.dims]
-        return log_prob.sum(others, keepdim=True) if others else log_prob  # torch sums over all where it is told none
 
 
 class Reweighted(torch.autograd.Function):
@@ -53,36 +37,6 @@ class Reweighted(torch.autograd.Function):
 def unscaled(site: Any) -> Tensor:
     """The log density of a site without the scale of plates, masked."""
     return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-
-
-def common_plates(traces: Iterable[Trace], num_particles_dim: int, linear: bool, apart: bool) -> Plates:
-    """The plates, beside that of the particles, that enclose every sample site.
-
-    Args:
-        traces: Of the model and of the guide.
-        num_particles_dim: The dimension of the particles, negative.
-        linear: Whether the objective is linear in the log-weights, where it does not matter which are summed before.
-        apart: Whether they are to be kept apart all the same.
-
-    Raises:
-        UnsupportedModelError: another plate subsamples, and the objective is not linear.
-    """
-    sites = [site for t in traces for site in sample_sites(t).values() if not site["infer"].get("_deterministic")]
-    if (linear and not apart) or not sites:
-        return Plates(frozenset(), 1.0)
-    stacks = [{f for f in site["cond_indep_stack"] if f.dim != num_particles_dim} for site in sites]
-    common = {f for f in set.intersection(*stacks) if f.vectorized}
-    for frame in set.union(*stacks) - common:
-        if _share(frame) != 1 and not linear:
-            raise UnsupportedModelError(
-                f"plate {frame.name!r} subsamples and does not enclose every sample site of the model and the guide, so that "
-                'its log-weights cannot be scaled up: use the objective "elbo", or all of the data'
-            )
-    return Plates(frozenset(f.dim for f in common), math.prod(map(_share, common)))
-
-
-def _share(frame: Any) -> float:
-    return (frame.full_size or frame.size) / frame.size
 
 
 def replayed(trace: Trace, change: Callable[[Any, Tensor], Tensor]) -> Trace:
@@ -135,13 +89,14 @@ def has_reverse(trace: Trace) -> bool:
 
 def log_reverse(
     guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Log densities of reverse programs at what a guide drew, as functions of parameters alone; see `densities`."""
     still = replayed(trace, lambda _, value: value.detach())
     again = poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
-    sites = [site for site in sample_sites(again).values() if REVERSE in site["infer"]]
-    of = [(site["infer"][REVERSE], site["scale"]) for site in sites]
-    return [scale_and_mask(d.reverse, s) for d, s in of], [scale_and_mask(d.others, s) for d, s in of]
+    sites = {name: site for name, site in sample_sites(again).items() if REVERSE in site["infer"]}
+    of = {name: (site["infer"][REVERSE], site["scale"]) for name, site in sites.items()}
+    reverse = {name: scale_and_mask(found.reverse, scale) for name, (found, scale) in of.items()}
+    return reverse, {name: scale_and_mask(found.others, scale) for name, (found, scale) in of.items()}
 
 
 def beside(of: Sequence[Tensor], dim: int) -> Tensor:
@@ -196,7 +151,7 @@ def frozen(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 def frozen_log_q(
     guide: Callable, args: tuple, kwargs: dict[str, Any], trace: Trace, leaves: Iterable[Tensor]
-) -> list[Tensor]:
+) -> dict[str, Tensor]:
     """Log densities of what a guide drew, by site, as functions of the drawn values alone: the guide's parameters are frozen.
 
     Args:
@@ -212,7 +167,7 @@ def frozen_log_q(
     samples = {k: site["fn"].drawn(site["value"]) for k, site in latents(trace).items() if hasattr(site["fn"], "drawn")}
     # Another tensor of the same value: transforms would find the drawn one in their caches, and not be frozen.
     views = replayed(trace, lambda _, value: value.view_as(value))
-    log_probs = []
+    log_probs = {}
     with frozen(leaves):
         again = poutine.trace(poutine.replay(guide, trace=views)).get_trace(*args, **kwargs)
         for name, site in sample_sites(again).items():
@@ -227,7 +182,7 @@ def frozen_log_q(
                     f"site {name!r} of the guide has the distribution {type(fn).__name__}, which cannot score a value (it has "
                     'no inverse), as path gradients need: use gradient="reparam", or a flow of flowppl'
                 ) from error
-            log_probs.append(scale_and_mask(log_prob, site["scale"], site["mask"]))
+            log_probs[name] = scale_and_mask(log_prob, site["scale"], site["mask"])
     return log_probs
 
 
