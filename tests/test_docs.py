@@ -76,7 +76,7 @@ def test_npe(front: str, tmp_path: Path) -> None:
 def test_objectives(front: str, tmp_path: Path) -> None:
     pytest.importorskip(front)
     blocks = _blocks("docs/objectives.md", front)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     _run("\n".join(blocks).replace("num_particles=5", "num_particles=2"), tmp_path, steps=2000)
 
 
