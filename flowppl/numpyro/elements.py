@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -30,17 +30,20 @@ class Plates(NamedTuple):
         What is outside of local plates is shared among their elements, so that the sum over these counts it once.
         """
         sharers = math.prod(self.local.values())
-        each = (self._own(k, a) / sharers if k in self.outside else self._own(k, a) for k, a in log_probs.items())
-        return sum(each, jnp.zeros(()))
+        inside = {name: log_prob for name, log_prob in log_probs.items() if name not in self.outside}
+        outside = {name: log_prob for name, log_prob in log_probs.items() if name in self.outside}
+        return self._sum(inside, self.dims) + self.whole(outside) / sharers
 
     def whole(self, log_probs: Sites) -> Array:
-        """The same, where each element has all of what is outside."""
-        return sum((self._own(name, log_prob) for name, log_prob in log_probs.items()), jnp.zeros(()))
+        """The same, where each element of local plates has all of every site, since a score may be felt outside."""
+        return self._sum(log_probs, self.dims - self.local.keys())
 
-    def _own(self, name: str, log_prob: Array) -> Array:
-        kept, shape = self.dims - self.local.keys() if name in self.outside else self.dims, log_prob.shape
-        found = jnp.sum(log_prob, axis=tuple(i for i in range(1, len(shape)) if i - len(shape) not in kept))
-        return found.reshape(shape[0], *(shape[dim] if dim in kept else 1 for dim in sorted(self.dims)))
+    def _sum(self, log_probs: Sites, dims: Set[int]) -> Array:
+        def total(a: Array) -> Array:
+            found = jnp.sum(a, axis=tuple(i for i in range(1, a.ndim) if i - a.ndim not in dims))
+            return found.reshape(len(a), *(a.shape[dim] if dim in dims else 1 for dim in sorted(self.dims)))
+
+        return sum(map(total, log_probs.values()), jnp.zeros(()))
 
 
 def common_plates(model: Trace, guide: Trace, linear: bool, scored: Collection[str] = ()) -> Plates:
@@ -59,12 +62,9 @@ def common_plates(model: Trace, guide: Trace, linear: bool, scored: Collection[s
     if linear and not scored:
         return Plates(frozenset(), 1.0, {}, frozenset())
     sites = [site for found in (model, guide) for site in sampled(found).values()]
-
-    def plates(site: dict[str, Any]) -> set[Any]:
-        return set(site["cond_indep_stack"])
-
-    common, scale = set.intersection(*map(plates, sites)), 1.0
-    for frame in set.union(*map(plates, sites)):
+    stacks = [set(site["cond_indep_stack"]) for site in sites]
+    common, scale = set.intersection(*stacks), 1.0
+    for frame in set.union(*stacks):
         share = {**guide, **model}[frame.name]["args"][0] / frame.size
         if frame in common:
             scale *= share
@@ -77,7 +77,12 @@ def common_plates(model: Trace, guide: Trace, linear: bool, scored: Collection[s
     if linear and summed:
         local = plates(summed[0]) - common
         for site in summed:
-            if plates(site) - common != local:
+            if plates(site) != plates(summed[0]):
                 raise in_other_plates(summed[0]["name"], site["name"])
     dims, sizes = frozenset(frame.dim for frame in common | local), {frame.dim: frame.size for frame in local}
     return Plates(dims, scale, sizes, frozenset(site["name"] for site in sites if not local <= plates(site)))
+
+
+def plates(site: dict[str, Any]) -> set[Any]:
+    """The plates around a site, where they have several elements."""
+    return {frame for frame in site["cond_indep_stack"] if frame.size > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -201,26 +202,27 @@ class Particles:
         return weight.reshape(len(weight), *batch, *(1,) * event_dim)
 
     def check_outside(self, params: list[Array], put_back: Callable) -> None:
-        """Checks that no site outside of local plates depends on what is summed out inside.
+        """Checks that no site outside of local plates depends on what is summed out inside, by the provenance of its numbers.
 
         Raises:
             UnsupportedModelError: one does.
         """
         if not self._plates.local:
             return
-        known = {n: jnp.zeros(jnp.shape(s["value"]), s["value"].dtype) for n, s in latents(self._drawn).items()}
-        summed = {name: known.pop(name) for name in [*known] if is_summed(self._drawn[name])}
+        names = [name for name, site in latents(self._drawn).items() if is_summed(site)]
+        summed = {n: jnp.zeros(jnp.shape(self._drawn[n]["value"]), self._drawn[n]["value"].dtype) for n in names}
 
-        def log_probs(params: list[Array], known: Sites, summed: Sites) -> dict[str, Sites]:
-            still = {name: {**self._drawn[name], "value": value} for name, value in {**known, **summed}.items()}
-            found = {}
-            for front, fn in (("guide", self._guide), ("model", self._model)):
-                again = self._trace(replay(seed(fn, jax.random.key(0)), still), put_back(params))
-                each = {name: site for name, site in sampled(again).items() if name in self._plates.outside}
-                found[front] = {name: site["fn"].log_prob(site["value"]) for name, site in each.items()}
-            return found
+        def numbers(params: list[Array], summed: Sites) -> dict[str, Sites]:
+            still = {name: {**self._drawn[name], "value": value} for name, value in summed.items()}
+            guide, model = (seed(fn, jax.random.key(0)) for fn in (self._guide, self._model))
+            drawn = self._trace(replay(guide, still), put_back(params))
+            found = {"guide": drawn, "model": self._trace(replay(model, drawn), put_back(params))}
+            return {
+                front: {name: _numbers(site) for name, site in sampled(trace).items() if name in self._plates.outside}
+                for front, trace in found.items()
+            }
 
-        for front, of in eval_provenance(log_probs, params=params, known=known, summed=summed).items():
+        for front, of in eval_provenance(numbers, params=params, summed=summed).items():
             for name, found in of.items():
                 if "summed" in found:
                     raise depends_on_summed(name, front)
@@ -269,6 +271,15 @@ def _log_prob(site: dict[str, Any]) -> Array:
 
 def _scaled(site: dict[str, Any], log_prob: Array) -> Array:
     return log_prob if site["scale"] is None else site["scale"] * log_prob
+
+
+def _numbers(site: dict[str, Any]) -> Array:
+    """A number that everything about a site goes into."""
+    of = [site["value"], site["scale"], site["fn"]]
+    with contextlib.suppress(NotImplementedError):  # no inverse
+        of.append(_log_prob(site))
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(of)]
+    return sum((jnp.sum(a) for a in leaves if not jnp.issubdtype(a.dtype, jax.dtypes.extended)), jnp.zeros(()))
 
 
 def _frozen_log_prob(site: dict[str, Any], drawn: dict[str, Any]) -> Array:

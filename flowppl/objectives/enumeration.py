@@ -92,7 +92,7 @@ def depends_on_summed(name: str, front: str) -> UnsupportedModelError:
     """The error for a site outside of a plate that depends on what is summed out inside."""
     return UnsupportedModelError(
         f"site {name!r} of the {front} depends on a site that is summed out in a plate, and is not in that plate: what is summed "
-        'out for each element by itself cannot be felt outside; mark that site "score"'
+        'out for each element by itself cannot be felt outside; mark what is summed out "score" instead'
     )
 
 

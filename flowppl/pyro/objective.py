@@ -121,6 +121,10 @@ class Objective(ELBO):
         self._control: Control | None = None
         self._steps = 0
         self._known: tuple[Any, list[Tensor]] = (None, [])  # a guide, and its parameters of which Pyro does not know
+        self._apart: tuple[Any, Any] = (
+            None,
+            None,
+        )  # a model and a guide that feel nothing outside that is summed out inside
 
     @property
     def coefficient(self) -> float:
@@ -226,8 +230,9 @@ class Objective(ELBO):
         plates = common_plates(model_trace, drawn, -nesting, linear, scored)
         for name in summed:
             check_summed(name, scored.pop(name)["fn"].batch_shape[1:], plates.dims, self.program.unbiased, linear)
-        if plates.local and self._known[0] is not guide:
-            check_outside(model_trace, runs, plates.outside)
+        if plates.local and self._apart != (model, guide):
+            check_outside(self._vectorized_num_particles(model), run_guide, args, kwargs, summed, plates.outside)
+            self._apart = model, guide
         check_scores([*scored], self.program.unbiased)
 
         def total(log_probs: Callable[[Trace], dict[str, Tensor]], of: Callable = plates.total) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives.enumeration import Assignments
 from flowppl.objectives.marginal import REVERSE
 from flowppl.pyro.distributions import with_scores
+from flowppl.pyro.elements import plates
 from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
 
 
@@ -58,18 +60,35 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
         raise UnsupportedModelError("a guide that is a messenger cannot be run without its model: use a plain guide")
     assignments = Assignments()
 
-    def one(number: int) -> Trace:
-        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number):
+    def one(number: int, held: Mapping[str, Any]) -> Trace:
+        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number), _Held(held):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
-    first = one(0)
+    first = one(0, {})
     if len(assignments) == 1:
         return [first]
-    noise, runs = _noise(), []  # the first run made sites known, and may have drawn what parameters start from
+    # The first run made sites known, and may have drawn what parameters start from.
+    noise, runs = _noise(), list[Trace]()
+    held: Mapping[str, Any] = {}
     for number in range(len(assignments)):
         _set_noise(noise)
-        runs.append(one(number))
+        runs.append(one(number, held))
+        if number == 0:  # what is not in the plates of sites summed out is the same, whatever random numbers these take
+            around = set.intersection(*(plates(runs[0].nodes[name]) for name in assignments))
+            held = {name: site for name, site in latents(runs[0]).items() if not around <= plates(site)}
     return runs
+
+
+class _Held(Messenger):
+    """Gives sites what they were in another run; around `trace`, which sees messages after it."""
+
+    def __init__(self, held: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._held = held
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._held:
+            msg["fn"], msg["value"] = self._held[msg["name"]]["fn"], self._held[msg["name"]]["value"]
 
 
 def _noise() -> tuple[Tensor, list[Tensor]]:
