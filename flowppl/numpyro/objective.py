@@ -29,7 +29,8 @@ class Objective(ELBO):
     score their draws once more with their parameters held still, so any of NumPyro's will do. Weights are computed for each
     element of the plates that all sites of model and guide share. Sites of the guide that draw without derivatives, such as
     discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with leave-one-out
-    baselines; several particles have the less noise. Sites of few values that are marked `infer={"grad": "enum"}` are summed out.
+    baselines; several particles have the less noise. Sites of few values that are marked `infer={"grad": "enum"}` are summed out,
+    in plates around all sites or, for the ELBO, in any.
 
     Args:
         program: A name ("elbo", "iwae", "cubo", "vis", "rws", "jensen_shannon", "tail_adaptive"), a `Program` such as

@@ -1,4 +1,9 @@
-"""Sites that are summed out: a particle stands for all assignments of values to them, each with its probability."""
+"""Sites that are summed out: a particle stands for all assignments of values to them, each with its probability.
+
+Assignments are those of one element of the plates whose elements have log-weights of their own. These plates enclose all sites; for
+a linear program they may also be others, since its mean is a sum over elements, each of which needs its own assignment alone. What
+is outside of such plates is shared among their elements, and must not feel what is summed out inside.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def check_outside(
     Raises:
         UnsupportedModelError: one does.
     """
-    with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), torch.random.fork_rng(devices), pyro.validation_enabled(False):
         with _Tracked(summed):
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)

@@ -71,7 +71,7 @@ class Objective(ELBO):
     own autoguides included; flows of flowppl need no inverse. A guide's `gradient` does not matter. Sites that draw without
     derivatives, such as discrete ones, or that are marked `infer={"grad": "score"}`, get their gradients from their scores, with
     leave-one-out baselines; several particles have the less noise. Sites of few values that are marked `infer={"grad": "enum"}` are
-    summed out: see `flowppl.objectives.enumeration`.
+    summed out, in plates around all sites or, for the ELBO, in any: see `flowppl.objectives.enumeration`.
 
     Particles are always vectorised. Log-weights are kept apart for the elements of plates that enclose every sample site of model
     and guide, and summed over others. A guide runs twice in a step, so that beside its sample sites nothing in it may be random.
