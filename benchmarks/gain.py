@@ -130,7 +130,7 @@ def u1() -> Case:
     orders = np.arange(-50, 51)
     log_z = len(free) * math.log(2 * math.pi) + np.log(np.sum(ive(orders, beta) ** (SITES**2))) + beta * SITES**2
     flow = flows.nsf(layers=2, hidden=(256,), bins=4, circular=tuple(range(len(free))))(len(free))
-    return Case("u1", flow, log_prob, 16_000, 32, 3e-3, float(log_z))
+    return Case("u1", flow, log_prob, 32_000, 32, 3e-3, float(log_z))
 
 
 def _free_links() -> np.ndarray:
