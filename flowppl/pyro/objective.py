@@ -121,10 +121,8 @@ class Objective(ELBO):
         self._control: Control | None = None
         self._steps = 0
         self._known: tuple[Any, list[Tensor]] = (None, [])  # a guide, and its parameters of which Pyro does not know
-        self._apart: tuple[Any, Any] = (
-            None,
-            None,
-        )  # a model and a guide that feel nothing outside that is summed out inside
+        # A model and a guide in which nothing outside of a plate depends on what is summed out inside.
+        self._apart: tuple[Any, Any] = (None, None)
 
     @property
     def coefficient(self) -> float:

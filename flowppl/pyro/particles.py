@@ -67,16 +67,17 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
     first = one(0, {})
     if len(assignments) == 1:
         return [first]
-    # The first run made sites known, and may have drawn what parameters start from.
-    noise, runs = _noise(), list[Trace]()
-    held: Mapping[str, Any] = {}
-    for number in range(len(assignments)):
+    noise = _noise()  # the first run made sites known, and may have drawn what parameters start from
+
+    def again(number: int, held: Mapping[str, Any]) -> Trace:
         _set_noise(noise)
-        runs.append(one(number, held))
-        if number == 0:  # what is not in the plates of sites summed out is the same, whatever random numbers these take
-            around = set.intersection(*(plates(runs[0].nodes[name]) for name in assignments))
-            held = {name: site for name, site in latents(runs[0]).items() if not around <= plates(site)}
-    return runs
+        return one(number, held)
+
+    first = again(0, {})
+    # What is not in the plates of sites summed out is the same in all runs, whatever random numbers these sites' neighbours take.
+    around = set.intersection(*(plates(first.nodes[name]) for name in assignments))
+    held = {name: site for name, site in latents(first).items() if not around <= plates(site)}
+    return [first, *(again(number, held) for number in range(1, len(assignments)))]
 
 
 class _Held(Messenger):
