@@ -147,6 +147,8 @@ def test_relu_compiled():
     for found, expected in zip(compiled(x, v), f(x, v), strict=True):
         torch.testing.assert_close(found, expected)
     x, v = x[1:-1].requires_grad_(), v[1:-1].requires_grad_()
+    outer = torch.compile(backend.relu, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(outer(x), x, v.detach()), (torch.tensor([0.0, 0.0, 4.0]),))
     grads = torch.autograd.grad((compiled(x, v)[1] ** 2).sum(), (x, v), allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(grads, (torch.zeros(3), torch.tensor([0.0, 0.0, 8.0])))
     mapped = torch.compile(torch.func.vmap(backend.relu), backend="aot_eager", fullgraph=True)

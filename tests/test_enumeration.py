@@ -175,6 +175,7 @@ def local_model(front, n):
             e = front.ppl.sample("e", front.dist.Bernoulli(logits=x + d - 0.2))
             y = front.array(ROWS)[:, None] + front.array([0.0] * n)
             front.ppl.sample("y", front.dist.Normal(x - d + 1.5 * e, 0.8), obs=y)
+            front.ppl.sample("g", front.dist.Gamma(0.3 + 2 * d, 1.0))
             t = front.ppl.sample("t", front.dist.Bernoulli(0.5))
         t = t.sum(0) if front is NUMPYRO else t.sum(-2, keepdim=True)
         front.ppl.sample("all", front.dist.Normal(t, 1.0), obs=front.array([1.0] * n))
@@ -191,6 +192,7 @@ def local_guide(front, n):
         with front.ppl.plate("rows", 4, dim=-2):
             d = front.ppl.sample("d", front.dist.Bernoulli(logits=a + w * x), infer={"grad": "enum"})
             front.ppl.sample("e", front.dist.Bernoulli(logits=b + 0.5 * d), infer={"grad": "enum"})
+            front.ppl.sample("g", front.dist.Gamma(0.3 + 2 * d, 1.0))  # takes as many random numbers as it needs
             front.ppl.sample("t", front.dist.Bernoulli(logits=c))
         with front.ppl.plate("others", 3, dim=-2):
             front.ppl.sample("v", front.dist.Normal(w * x, s))
@@ -229,13 +231,11 @@ def test_elements_of_other_plates(front, k, kind):
 
 @each_front
 def test_nothing_varies_at_the_posterior_with_other_plates(front):
-    """Nor do random numbers that other sites take matter: a Gamma takes as many as it needs."""
-
     def guide(front, n, param=lambda _, value: value):
         a, w = (param(k, front.array(LOCAL[k])) for k in "aw")
         with front.ppl.plate("rows", n):
             d = front.ppl.sample("d", front.dist.Bernoulli(logits=a), infer={"grad": "enum"})
-            front.ppl.sample("g", front.dist.Gamma(0.3 + 2 * d, 1.0))
+            front.ppl.sample("y", front.dist.Normal(d, 1.0))
         x = front.ppl.sample("x", front.dist.Normal(w, 1.0))
         front.ppl.sample("u", front.dist.Bernoulli(logits=x))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from flowppl.errors import UnsupportedModelError
 from flowppl.objectives.enumeration import Assignments
 from flowppl.objectives.marginal import REVERSE
 from flowppl.pyro.distributions import with_scores
-from flowppl.pyro.elements import plates
 from flowppl.pyro.marks import Assigned, StillScored, latents, point, sample_sites
 
 
@@ -60,36 +58,18 @@ def draw(guide: Callable, args: tuple, kwargs: dict[str, Any], *, scores: bool) 
         raise UnsupportedModelError("a guide that is a messenger cannot be run without its model: use a plain guide")
     assignments = Assignments()
 
-    def one(number: int, held: Mapping[str, Any]) -> Trace:
-        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number), _Held(held):
+    def one(number: int) -> Trace:
+        with with_scores() if scores else nullcontext(), StillScored(), Assigned(assignments, number):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
-    first = one(0, {})
+    first = one(0)
     if len(assignments) == 1:
         return [first]
-    noise = _noise()  # the first run made sites known, and may have drawn what parameters start from
-
-    def again(number: int, held: Mapping[str, Any]) -> Trace:
+    noise, runs = _noise(), []  # the first run made sites known, and may have drawn what parameters start from
+    for number in range(len(assignments)):
         _set_noise(noise)
-        return one(number, held)
-
-    first = again(0, {})
-    # What is not in the plates of sites summed out is the same in all runs, whatever random numbers these sites' neighbours take.
-    around = set.intersection(*(plates(first.nodes[name]) for name in assignments))
-    held = {name: site for name, site in latents(first).items() if not around <= plates(site)}
-    return [first, *(again(number, held) for number in range(1, len(assignments)))]
-
-
-class _Held(Messenger):
-    """Gives sites what they were in another run; around `trace`, which sees messages after it."""
-
-    def __init__(self, held: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._held = held
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self._held:
-            msg["fn"], msg["value"] = self._held[msg["name"]]["fn"], self._held[msg["name"]]["value"]
+        runs.append(one(number))
+    return runs
 
 
 def _noise() -> tuple[Tensor, list[Tensor]]:
